@@ -1,0 +1,189 @@
+"""The interfaces between the layers. Mathematics, policies, rewards and runtime meet here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from fedpact.messages import Averaged, Introduced, Reply, Request
+from fedpact.types import Adapter, ClientId, Direction, Memory, Pass, Prompts, Rollout, ScaleRewards
+
+R = TypeVar("R", bound=Reply)
+A = TypeVar("A", bound=Averaged)
+
+
+class Loss(Protocol):
+    """A policy-gradient loss, as the backward passes that it needs."""
+
+    def passes(
+        self, rollout: Rollout, logprobs: Tensor, reference: Tensor | None, advantages: Tensor
+    ) -> Sequence[Pass]:
+        """The passes whose gradients add up to the loss's, per objective.
+
+        Called on detached log-probs ([n, t]) of the whole batch, so that micro-batches cannot change a loss.
+        `reference` holds the frozen model's log-probs ([n, t]), or None. `advantages` is [m, n].
+        """
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `passes` wants the frozen model's log-probs."""
+        ...
+
+
+class Jacobian(Protocol):
+    """The gradients of m losses: we descend along them. It owns its memory."""
+
+    @property
+    def gramian(self) -> Tensor:
+        """Inner products of all pairs of rows: [m, m] float64."""
+        ...
+
+    @property
+    def present(self) -> Tensor:
+        """[m] bool; False: not measured here, and the row is zero."""
+        ...
+
+    def __getitem__(self, m: int) -> Direction: ...
+
+    def combine(self, weights: Tensor) -> Direction:
+        """The weighted sum of the rows: [m] -> [d]."""
+        ...
+
+    def dots(self, direction: Direction) -> Tensor:
+        """The inner product of every row with `direction`: [d] -> [m] float64."""
+        ...
+
+    def scaled(self, diagonal: Direction) -> Jacobian:
+        """Every row multiplied by `diagonal`, entry by entry."""
+        ...
+
+
+class Policy(Protocol):
+    """A language model with a trainable adapter."""
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    def load(self, adapter: Adapter, *, optimizer: Memory | None = None) -> None:
+        """Start from this adapter; `optimizer` as `optimizer()` returned it, or None for fresh moments."""
+        ...
+
+    def adapter(self) -> Adapter: ...
+
+    def optimizer(self) -> Memory: ...
+
+    def generate(self, prompts: Prompts, *, draw: int, greedy: bool = False) -> Rollout:
+        """A group of completions for each prompt (one each if `greedy`).
+
+        `draw` numbers the calls within one request: the same number gives the same samples.
+        """
+        ...
+
+    def logprobs(self, rollout: Rollout, *, reference: bool = False) -> Tensor:
+        """Log-probabilities of the completion tokens: [n, t], zero outside the mask. `reference`: adapter off."""
+        ...
+
+    def gradients(self, rollout: Rollout, advantages: Tensor, *, loss: Loss | None = None) -> Jacobian:
+        """The gradient of every objective's loss, from advantages [m, n]; None: the run's own loss."""
+        ...
+
+    def preconditioner(self) -> Direction:
+        """The diagonal by which the last step scaled its direction, up to a common factor: ones for SGD."""
+        ...
+
+    def step(self, direction: Direction) -> None:
+        """Clip `direction` to the run's `max_grad_norm` and descend along it."""
+        ...
+
+
+class Server(Protocol):
+    """What an algorithm's server half can see and do in one round."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def clients(self) -> Mapping[ClientId, Introduced]:
+        """The members of this round's cohort."""
+        ...
+
+    @property
+    def objectives(self) -> Sequence[str]: ...
+    @property
+    def memory(self) -> Memory:
+        """Kept from round to round, in the checkpoint."""
+        ...
+
+    def ask(self, requests: Request[R] | Mapping[ClientId, Request[R]]) -> Mapping[ClientId, R]:
+        """One exchange: one request for all of the cohort, or one each. Replies come sorted, read when looked at."""
+        ...
+
+    def mean(self, requests: Request[A] | Mapping[ClientId, Request[A]]) -> A:
+        """One exchange, and the weighted mean of its replies."""
+        ...
+
+    def log(self, **metrics: float) -> None: ...
+
+
+class Client(Protocol):
+    """What an algorithm's client half can see and do while it answers one request."""
+
+    @property
+    def objectives(self) -> Sequence[str]:
+        """The run's objectives, [m] names, in the run's order."""
+        ...
+
+    @property
+    def present(self) -> Tensor:
+        """[m] bool: which of them this member trains on."""
+        ...
+
+    @property
+    def primary(self) -> int | None:
+        """The index of the run's primary objective; None if the run names none."""
+        ...
+
+    @property
+    def default_weights(self) -> Tensor:
+        """[m] the run's `[objectives]` weights, zero where absent, summing to 1."""
+        ...
+
+    @property
+    def scale_rewards(self) -> ScaleRewards: ...
+    @property
+    def num_iterations(self) -> int:
+        """How many steps to take on each batch."""
+        ...
+
+    @property
+    def memory(self) -> Memory:
+        """This member's own, as of the last reply that the server committed."""
+        ...
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        """Process memory: may vanish at any time."""
+        ...
+
+    @property
+    def policy(self) -> Policy: ...
+
+    def prompts(self, step: int) -> Prompts:
+        """The training prompts of local step `step`."""
+        ...
+
+    def rewards(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        """[m, n] float32; NaN: the objective does not apply to that completion, or not here."""
+        ...
+
+    def log(self, **metrics: float) -> None:
+        """For this member's own log; never leaves it."""
+        ...
+
+
+class Reward(Protocol):
+    """TRL's reward signature: one number a completion, None where the reward does not apply; may be `async`."""
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Any: ...
