@@ -1,14 +1,14 @@
 """Everything that FedPact raises on purpose. Each message is one line: where, what was found, what was expected, the remedy.
 
-    FedPactError                1   our bug, unless a subclass says otherwise
-    ├── ConfigError             2   a file or an option is wrong
-    │   ├── DataError           2   prompts cannot be read
-    │   └── RewardError         2   a member's reward function misbehaves
-    ├── RefusedError            3   a safety rule said no
-    │   └── InadmissibleError   3   the server will not take this reply
-    ├── StoreError              4   the run folder cannot be read or written
-    ├── TooFewRepliesError      5   an exchange ended below `min_replies`
-    └── CheckFailedError        6   the work is done and a check failed
+FedPactError                1   our bug, unless a subclass says otherwise
+├── ConfigError             2   a file or an option is wrong
+│   ├── DataError           2   prompts cannot be read
+│   └── RewardError         2   a member's reward function misbehaves
+├── RefusedError            3   a safety rule said no
+│   └── InadmissibleError   3   the server will not take this reply
+├── StoreError              4   the run folder cannot be read or written
+├── TooFewRepliesError      5   an exchange ended below `min_replies`
+└── CheckFailedError        6   the work is done and a check failed
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
@@ -107,8 +107,5 @@ class Evaluate(Request[Evaluated]):
     greedy: bool = False
 
 
-REQUESTS: Mapping[str, type[Request[Reply]]] = {
-    request.verb: request  # type: ignore[type-abstract]
-    for request in (Hello, Train, Evaluate)
-}
+REQUESTS: Mapping[str, type[Request[Any]]] = {request.verb: request for request in (Hello, Train, Evaluate)}
 """Every verb that can cross the network."""
