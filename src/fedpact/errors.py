@@ -1,4 +1,4 @@
-"""Everything that FedPact raises on purpose. Each message is one line: where, what was found, what was expected, the remedy.
+"""Everything that FedPact raises on purpose, each in one line: where, what was found, what was expected, the remedy.
 
 FedPactError                1   our bug, unless a subclass says otherwise
 ├── ConfigError             2   a file or an option is wrong
