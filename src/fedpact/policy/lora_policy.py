@@ -1,0 +1,252 @@
+"""The policy of the product: a Hugging Face causal language model with a LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpact.core.lora import LoraLayer
+from fedpact.core.losses import GroupLoss
+from fedpact.errors import FedPactError
+from fedpact.policy.bank import Bank
+from fedpact.policy.decode import Decoder, TransformersDecoder, complete
+from fedpact.policy.gradients import FlatJacobian, objective_gradients
+from fedpact.policy.llama import LlamaDecoder, supports
+from fedpact.policy.model import BaseModel
+from fedpact.policy.sampling import token_logprobs
+from fedpact.protocols import Loss
+from fedpact.seeding import key, uniforms
+from fedpact.settings import LossSettings, OptimizerSettings, RolloutSettings
+from fedpact.types import Adapter, Direction, Memory, Prompts, Rollout, Text
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a member may choose for itself, because it changes speed and memory and not the mathematics."""
+
+    micro_batch_tokens: int = 16384
+    """Prompt and completion tokens in one forward and backward pass."""
+    gradient_checkpointing: bool = False
+    fused_decoder: bool = True
+    """Use the fused decoder where the model allows it."""
+
+
+class LoraPolicy:
+    """See `protocols.Policy`. `begin` names what is being answered; every draw is keyed by it."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        layers: Sequence[LoraLayer],
+        *,
+        rollout: RolloutSettings,
+        loss: LossSettings,
+        optimizer: OptimizerSettings,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.base, self.rollout_settings, self.optimizer_settings = base, rollout, optimizer
+        self.options = options or EngineOptions()
+        self.bank = Bank(base.model, layers)
+        self.device = self.bank.theta.device
+        self.loss: Loss = GroupLoss(
+            loss_type=loss.loss_type,
+            epsilon=loss.epsilon,
+            epsilon_high=loss.epsilon_high,
+            beta=loss.beta,
+            importance_sampling_level=loss.importance_sampling_level,
+            max_completion_length=rollout.max_completion_length,
+        )
+        if self.options.gradient_checkpointing:
+            model: Any = base.model
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()  # transformers checkpoints only then; load_model has switched dropout off
+        fused = self.options.fused_decoder and supports(base.model)
+        self.decoder: Decoder = LlamaDecoder(base.model, self.bank) if fused else TransformersDecoder(base.model)
+        self.banned = base.pad_id if base.pad_id not in base.eos_ids else None
+        self.seed = 0
+        self.sampler_gap = 0.0
+        """Largest difference between the sampler's and the trainer's log-probs since `begin`."""
+        self._fresh: Rollout | None = None  # sampled from the adapter as it is now
+        self._optimizer = self._new_optimizer()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer_settings.learning_rate
+
+    def begin(self, *parts: str | int) -> None:
+        """Key all that follows by (run seed, round, exchange, who); called by the runtime before each request."""
+        self.seed = key(*parts)
+        self.sampler_gap = 0.0
+
+    def load(self, adapter: Adapter, *, optimizer: Memory | None = None) -> None:
+        self.bank.load(adapter)
+        self._fresh = None
+        self._optimizer = self._new_optimizer()
+        if optimizer:
+            parameter = self._optimizer.param_groups[0]["params"][0]
+            self._optimizer.state[parameter] = {
+                name.removeprefix("optimizer/"): value.clone().to(self.device if value.ndim else "cpu")
+                for name, value in optimizer.items()
+            }
+
+    def adapter(self) -> Adapter:
+        return self.bank.adapter()
+
+    def optimizer(self) -> Memory:
+        parameter = self._optimizer.param_groups[0]["params"][0]
+        state = self._optimizer.state.get(parameter, {})
+        return {f"optimizer/{name}": value.clone().cpu() for name, value in state.items() if isinstance(value, Tensor)}
+
+    def generate(self, prompts: Prompts, *, draw: int, greedy: bool = False) -> Rollout:
+        settings = self.rollout_settings
+        group_size = 1 if greedy else settings.num_generations
+        prompt_ids, prompt_mask = self._encode(prompts.text)
+        n, limit = len(prompts) * group_size, settings.max_completion_length
+        completions = complete(
+            self.decoder,
+            prompt_ids,
+            prompt_mask,
+            group_size=group_size,
+            max_length=limit,
+            temperature=settings.temperature,
+            uniforms=None if greedy else uniforms(key(self.seed, draw), n, limit),
+            pad_id=self.base.pad_id,
+            eos_ids=self.base.eos_ids,
+        )
+        texts = self.base.tokenizer.batch_decode(
+            [ids[mask].tolist() for ids, mask in zip(completions.ids, completions.mask, strict=True)],
+            skip_special_tokens=True,
+        )
+        self._fresh = Rollout(
+            prompts=prompts.repeat(group_size),
+            completions=texts,
+            prompt_ids=prompt_ids.repeat_interleave(group_size, 0),
+            prompt_mask=prompt_mask.repeat_interleave(group_size, 0),
+            completion_ids=completions.ids,
+            mask=completions.mask,
+            logprobs=completions.logprobs,
+            truncated=completions.truncated,
+            group_size=group_size,
+        )
+        return self._fresh
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout, *, reference: bool = False) -> Tensor:
+        if reference:
+            with self.bank.disabled():
+                return self.logprobs(rollout)
+        result = torch.zeros(rollout.mask.shape, device=self.device, dtype=self.bank.theta.dtype)
+        for rows in self._chunks(rollout, torch.arange(len(rollout.mask), device=self.device)):
+            logp = self._forward(rollout, rows)
+            result[rows, : logp.shape[1]] = logp
+        return result
+
+    def gradients(self, rollout: Rollout, advantages: Tensor, *, loss: Loss | None = None) -> FlatJacobian:
+        """See `protocols.Policy`. Raises FedPactError if the sampler has drawn from another distribution."""
+        loss = loss or self.loss
+        fresh = rollout is self._fresh
+        current = rollout.logprobs if fresh else self.logprobs(rollout)
+        reference = self.logprobs(rollout, reference=True) if loss.needs_reference else None
+        passes = loss.passes(rollout, current, reference, advantages.to(self.device))
+
+        def forward(rows: Tensor) -> Tensor:
+            logp = self._forward(rollout, rows)
+            if fresh:
+                self._compare(rollout.logprobs[rows, : logp.shape[1]], logp.detach())
+            return logp
+
+        gradients = objective_gradients(self.bank, forward, passes, lambda rows: self._chunks(rollout, rows))
+        present = (advantages != 0).any(-1).cpu()
+        return FlatJacobian(gradients, present, list(self.bank.blocks.values()))
+
+    def preconditioner(self) -> Direction:
+        state = self._optimizer.state.get(self._optimizer.param_groups[0]["params"][0], {})
+        if "exp_avg_sq" not in state:
+            return torch.ones(self.bank.num_parameters, device=self.device, dtype=self.bank.theta.dtype)
+        settings = self.optimizer_settings
+        correction = 1 - settings.adam_beta2 ** float(state["step"])
+        scaled: Tensor = 1 / ((state["exp_avg_sq"][0] / correction).sqrt() + settings.adam_epsilon)
+        return scaled
+
+    @torch.no_grad()
+    def step(self, direction: Direction) -> None:
+        norm = float(direction.norm())
+        limit = self.optimizer_settings.max_grad_norm
+        self.bank.theta.grad = (direction * (limit / norm) if norm > limit else direction.clone())[None]
+        self._optimizer.step()
+        self.bank.theta.grad = None
+        self.bank.version += 1
+        self._fresh = None
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        settings = self.optimizer_settings
+        if settings.name == "sgd":
+            return torch.optim.SGD([self.bank.theta], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(
+            [self.bank.theta],
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+        )
+
+    def _encode(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+        tokenizer = self.base.tokenizer
+        limit = self.rollout_settings.max_prompt_length
+        rows: list[list[int]] = []
+        for text in texts:
+            if isinstance(text, str):
+                ids = tokenizer(text)["input_ids"]
+            else:
+                ids = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=False)
+            rows.append(ids if limit is None else ids[-limit:])
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.base.pad_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = True
+        return ids.to(self.device), mask.to(self.device)
+
+    def _chunks(self, rollout: Rollout, rows: Tensor) -> Iterator[Tensor]:
+        width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+        size = max(1, self.options.micro_batch_tokens // width)
+        yield from torch.split(rows, size) if len(rows) else ()
+
+    def _forward(self, rollout: Rollout, rows: Tensor) -> Tensor:
+        """Log-probs of those completions with the adapter as it is: [len(rows), their longest]."""
+        mask = rollout.mask[rows]
+        length = max(1, int(mask.sum(-1).max()))
+        prompt_mask = rollout.prompt_mask[rows]
+        start = int(prompt_mask.shape[1] - prompt_mask.sum(-1).max())
+        completion_ids = rollout.completion_ids[rows, :length]
+        mask = mask[:, :length]
+        attention = torch.cat([prompt_mask[:, start:], mask], dim=1).long()
+        model: Any = self.base.model
+        logits = model(
+            input_ids=torch.cat([rollout.prompt_ids[rows, start:], completion_ids], dim=1),
+            attention_mask=attention,
+            position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=length + 1,
+        ).logits[:, :-1]
+        logp = token_logprobs(logits, temperature=self.rollout_settings.temperature, banned=self.banned)
+        picked = logp.gather(-1, completion_ids[..., None])[..., 0]
+        return picked.masked_fill(~mask, 0.0)
+
+    def _compare(self, sampled: Tensor, trained: Tensor) -> None:
+        """The field's classic silent bug is a sampler that never loaded the adapter: compare in every step."""
+        gap = float((sampled - trained).abs().max())
+        self.sampler_gap = max(self.sampler_gap, gap)
+        tolerance = _TOLERANCE[next(self.base.model.parameters()).dtype]
+        if not gap <= 10 * tolerance:
+            raise FedPactError(
+                f"sampler and trainer disagree: log-probs differ by {gap:.2g}, expected below {10 * tolerance:.2g}; "
+                "switch the fused decoder off (fused_decoder = false) and report this model"
+            )

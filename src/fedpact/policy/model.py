@@ -1,0 +1,180 @@
+"""Base models from disk: load, hash, and find the layers that LoRA adapts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fedpact.core.lora import LoraLayer
+from fedpact.errors import ConfigError
+from fedpact.settings import LoraSettings
+from fedpact.types import Adapter
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BaseModel:
+    """A frozen causal language model with its tokenizer."""
+
+    path: Path
+    model: nn.Module
+    tokenizer: Any
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+
+def resolve(model: str, *, where: str, folder: Path | None = None) -> Path:
+    """The local folder of `model`, a path (relative to `folder`) or a Hugging Face id that may be downloaded.
+
+    Raises ConfigError if it is no model.
+    """
+    path = Path(model) if folder is None else folder / model
+    if not path.is_dir():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise ConfigError(
+                f"{where}: no folder {path}; expected a model folder or a Hugging Face id such as org/name"
+            )
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
+        except Exception as error:  # the hub raises a dozen types: absent, gated, offline, malformed name
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise ConfigError(
+                f"{where}: {model!r} is neither a folder nor a model that can be fetched "
+                f"({type(error).__name__}: {reason[:120]}); give the path of a model folder"
+            ) from error
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{where}: {path} holds no config.json; expected a Hugging Face model folder")
+    return path
+
+
+def model_hash(path: Path) -> str:
+    """SHA-256 over the names and contents of the files that decide what the model computes."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in {".safetensors", ".json", ".model", ".jinja", ".txt"}:
+            with file.open("rb") as stream:
+                digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def load_model(path: Path, *, where: str, dtype: Dtype = "float32", device: str = "cpu") -> BaseModel:
+    """The model at `path`, frozen and in evaluation mode, and its tokenizer. Safetensors only; no remote code."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
+    except Exception as error:  # transformers raises many types for a folder that is no model
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{where}: {path} does not load as a causal language model ({type(error).__name__}: {reason[:160]}); "
+            "expected config.json, tokenizer files and *.safetensors"
+        ) from error
+    eos = (
+        model.generation_config.eos_token_id
+        if model.generation_config.eos_token_id is not None
+        else tokenizer.eos_token_id
+    )
+    eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),))
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = eos_ids[0] if eos_ids else 0
+    tokenizer.padding_side = "left"
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # gradient checkpointing needs train(), and train() must not change the numbers
+    return BaseModel(path, model.to(device).requires_grad_(False).eval(), tokenizer, int(pad), eos_ids)
+
+
+def lora_layers(model: Any, lora: LoraSettings, *, where: str = "policy.lora") -> list[LoraLayer]:
+    """The layers that `lora` adapts, in the model's order.
+
+    Needs no weights: a model built on the meta device will do. Raises ConfigError if nothing matches.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    layers, names = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            sizes = module.in_features, module.out_features
+        elif isinstance(module, Conv1D):
+            sizes = int(module.weight.shape[0]), int(module.weight.shape[1])
+        else:
+            continue
+        names.append(name.rpartition(".")[2])
+        if lora.target_modules == "all-linear":
+            matches = module is not head
+        else:
+            matches = any(name == target or name.endswith("." + target) for target in lora.target_modules)
+        if matches:
+            layers.append(LoraLayer(name, *sizes, r=lora.r, scale=lora.scale))
+    if not layers:
+        raise ConfigError(
+            f"{where}: target_modules {lora.target_modules!r} match no linear layer; there are {sorted(set(names))}"
+        )
+    return layers
+
+
+def skeleton_layers(path: Path, lora: LoraSettings) -> list[LoraLayer]:
+    """`lora_layers` from config.json alone: what an averaging server needs, without the weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return lora_layers(model, lora)
+
+
+def peft_config(layers: list[LoraLayer], lora: LoraSettings, *, base: str) -> dict[str, Any]:
+    """The `adapter_config.json` that lets PEFT open our adapter on `base`."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # PEFT annotates int and computes with floats
+        use_rslora=lora.use_rslora,
+        target_modules=sorted(layer.name for layer in layers),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).to_dict()
+    clean = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    return dict(json.loads(json.dumps(clean, default=str)))
+
+
+def read_peft_adapter(folder: Path, layers: list[LoraLayer], *, where: str) -> Adapter:
+    """An adapter that PEFT saved, if it is plain LoRA of just these layers, rank and scale. Raises ConfigError."""
+    from safetensors.torch import load_file
+
+    try:
+        config: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        adapter: Adapter = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {folder} is no PEFT adapter folder ({error})") from error
+    unsupported = [
+        name
+        for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
+        if config.get(name)
+    ]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
+        raise ConfigError(
+            f"{where}: {folder} uses {unsupported or 'another PEFT method'}; expected plain LoRA without bias"
+        )
+    rank = int(config["r"])
+    scale = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    expected = {(layer.r, layer.scale) for layer in layers}
+    if {(rank, scale)} != expected:
+        raise ConfigError(f"{where}: {folder} has rank and scale {(rank, scale)}; policy.lora says {sorted(expected)}")
+    return {name: tensor.float() for name, tensor in adapter.items()}
