@@ -75,8 +75,10 @@ class Policy(Protocol):
 
     def optimizer(self) -> Memory: ...
 
-    def generate(self, prompts: Prompts, *, draw: int, greedy: bool = False) -> Rollout:
-        """A group of completions for each prompt (one each if `greedy`).
+    def generate(
+        self, prompts: Prompts, *, draw: int, num_generations: int | None = None, greedy: bool = False
+    ) -> Rollout:
+        """`num_generations` completions for each prompt; None: the run's setting. `greedy` gives the likeliest, once.
 
         `draw` numbers the calls within one request: the same number gives the same samples.
         """
@@ -122,6 +124,12 @@ class Server(Protocol):
 
     def mean(self, requests: Request[A] | Mapping[ClientId, Request[A]]) -> A:
         """One exchange, and the weighted mean of its replies."""
+        ...
+
+    def means(
+        self, requests: Request[A] | Mapping[ClientId, Request[A]], groups: Mapping[str, Sequence[ClientId]]
+    ) -> Mapping[str, A]:
+        """One exchange, and the weighted mean of each group's replies; a group without replies is left out."""
         ...
 
     def log(self, **metrics: float) -> None: ...

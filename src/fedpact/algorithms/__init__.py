@@ -1,0 +1,71 @@
+"""The algorithms, one file each. This table is all that the rest of FedPact knows of them.
+
+An algorithm outside the package registers itself under the entry-point group `fedpact.algorithms`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedpact.algorithms.base import Algorithm
+
+GROUP = "fedpact.algorithms"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where an algorithm's class lies, and what `fedpact algorithms` says of it without importing it."""
+
+    target: str
+    """`module:Class`."""
+    summary: str
+    exchanges: str
+    """Request and reply pairs in a round."""
+    leaves: str
+    """What leaves a member."""
+
+
+TABLE: dict[str, Entry] = {
+    "fedavg": Entry(
+        "fedpact.algorithms.fedavg:FedAvg", "GRPO with fixed objective weights; adapters are averaged", "1", "adapter"
+    ),
+    "fedmoa": Entry(
+        "fedpact.algorithms.fedmoa:FedMOA",
+        "members adapt their weights by hypergradient descent; averaging by task and accuracy",
+        "1",
+        "adapter, accuracy",
+    ),
+    "firm": Entry(
+        "fedpact.algorithms.firm:FIRM",
+        "members balance their objectives by a regularised minimum-norm problem; adapters are averaged",
+        "1",
+        "adapter",
+    ),
+}
+
+
+def table() -> dict[str, Entry]:
+    """The built-in algorithms and those that installed packages register, by name."""
+    outside = {
+        point.name: Entry(
+            point.value, f"from {point.dist.name if point.dist else point.value}", "?", "see its documentation"
+        )
+        for point in entry_points(group=GROUP)
+        if point.name not in TABLE
+    }
+    return {**TABLE, **dict(sorted(outside.items()))}
+
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    """The class of that name. Raises KeyError if there is none, TypeError if the entry is no Algorithm."""
+    from fedpact.algorithms.base import Algorithm
+
+    module, _, attribute = table()[name].target.partition(":")
+    found = getattr(import_module(module), attribute)
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise TypeError(f"algorithm {name!r}: {module}:{attribute} is no subclass of fedpact.algorithms.base.Algorithm")
+    return found

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fedpact.core.lora import LoraLayer
 from fedpact.core.losses import GroupLoss
-from fedpact.errors import FedPactError
+from fedpact.errors import DataError, FedPactError
 from fedpact.policy.bank import Bank
 from fedpact.policy.decode import Decoder, TransformersDecoder, complete
 from fedpact.policy.gradients import FlatJacobian, objective_gradients
 from fedpact.policy.llama import LlamaDecoder, supports
-from fedpact.policy.model import BaseModel
+from fedpact.policy.model import BaseModel, enable_checkpointing
 from fedpact.policy.sampling import token_logprobs
 from fedpact.protocols import Loss
 from fedpact.seeding import key, uniforms
@@ -63,9 +63,7 @@ class LoraPolicy:
             max_completion_length=rollout.max_completion_length,
         )
         if self.options.gradient_checkpointing:
-            model: Any = base.model
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.train()  # transformers checkpoints only then; load_model has switched dropout off
+            enable_checkpointing(base.model)
         fused = self.options.fused_decoder and supports(base.model)
         self.decoder: Decoder = LlamaDecoder(base.model, self.bank) if fused else TransformersDecoder(base.model)
         self.banned = base.pad_id if base.pad_id not in base.eos_ids else None
@@ -103,9 +101,11 @@ class LoraPolicy:
         state = self._optimizer.state.get(parameter, {})
         return {f"optimizer/{name}": value.clone().cpu() for name, value in state.items() if isinstance(value, Tensor)}
 
-    def generate(self, prompts: Prompts, *, draw: int, greedy: bool = False) -> Rollout:
+    def generate(
+        self, prompts: Prompts, *, draw: int, num_generations: int | None = None, greedy: bool = False
+    ) -> Rollout:
         settings = self.rollout_settings
-        group_size = 1 if greedy else settings.num_generations
+        group_size = 1 if greedy else num_generations or settings.num_generations
         prompt_ids, prompt_mask = self._encode(prompts.text)
         n, limit = len(prompts) * group_size, settings.max_completion_length
         completions = complete(
@@ -151,9 +151,9 @@ class LoraPolicy:
         """See `protocols.Policy`. Raises FedPactError if the sampler has drawn from another distribution."""
         loss = loss or self.loss
         fresh = rollout is self._fresh
-        current = rollout.logprobs if fresh else self.logprobs(rollout)
+        current = rollout.logprobs.to(self.bank.theta) if fresh else self.logprobs(rollout)
         reference = self.logprobs(rollout, reference=True) if loss.needs_reference else None
-        passes = loss.passes(rollout, current, reference, advantages.to(self.device))
+        passes = loss.passes(rollout, current, reference, advantages.to(self.bank.theta))
 
         def forward(rows: Tensor) -> Tensor:
             logp = self._forward(rollout, rows)
@@ -161,7 +161,11 @@ class LoraPolicy:
                 self._compare(rollout.logprobs[rows, : logp.shape[1]], logp.detach())
             return logp
 
-        gradients = objective_gradients(self.bank, forward, passes, lambda rows: self._chunks(rollout, rows))
+        self.base.model.train(self.options.gradient_checkpointing)  # transformers checkpoints only in train()
+        try:
+            gradients = objective_gradients(self.bank, forward, passes, lambda rows: self._chunks(rollout, rows))
+        finally:
+            self.base.model.eval()
         present = (advantages != 0).any(-1).cpu()
         return FlatJacobian(gradients, present, list(self.bank.blocks.values()))
 
@@ -205,6 +209,8 @@ class LoraPolicy:
                 ids = tokenizer(text)["input_ids"]
             else:
                 ids = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=False)
+            if not ids:
+                raise DataError(f"prompt {str(text)[:60]!r} has no tokens; give the model something to continue")
             rows.append(ids if limit is None else ids[-limit:])
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.base.pad_id)

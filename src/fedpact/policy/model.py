@@ -96,6 +96,15 @@ def load_model(path: Path, *, where: str, dtype: Dtype = "float32", device: str 
     return BaseModel(path, model.to(device).requires_grad_(False).eval(), tokenizer, int(pad), eos_ids)
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass, in train() mode; load_model has switched dropout off."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
 def lora_layers(model: Any, lora: LoraSettings, *, where: str = "policy.lora") -> list[LoraLayer]:
     """The layers that `lora` adapts, in the model's order.
 

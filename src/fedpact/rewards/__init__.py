@@ -1,0 +1,63 @@
+"""Rewards: the built-in ones by name, and what loads a member's own.
+
+`fedpact.rewards:exact_answer` works as an import path in a member's file. Importing this package loads neither torch
+nor math-verify: the built-ins are plain Python, and the loader comes on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedpact.rewards.builtin import (
+    exact_answer,
+    forbidden,
+    format_tags,
+    math_correct,
+    numeric_answer,
+    reasoning_steps,
+    regex_match,
+    repetition,
+    tag_count,
+    text_of,
+)
+from fedpact.rewards.length import (
+    brevity,
+    cosine_length,
+    kimi_length,
+    length_count,
+    target_length,
+    well_formed_brevity,
+)
+
+if TYPE_CHECKING:
+    from fedpact.rewards.load import LoadedReward, RewardSet, load_reward
+
+__all__ = [
+    "LoadedReward",
+    "RewardSet",
+    "brevity",
+    "cosine_length",
+    "exact_answer",
+    "forbidden",
+    "format_tags",
+    "kimi_length",
+    "length_count",
+    "load_reward",
+    "math_correct",
+    "numeric_answer",
+    "reasoning_steps",
+    "regex_match",
+    "repetition",
+    "tag_count",
+    "target_length",
+    "text_of",
+    "well_formed_brevity",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fedpact.rewards import load
+
+    return getattr(load, name)

@@ -1,0 +1,40 @@
+"""What an algorithm is: one frozen value whose fields are its settings, with a server half and a client half."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from fedpact.messages import Reply, Request
+from fedpact.protocols import Client, Server
+from fedpact.types import Adapter, Memory
+
+
+class Algorithm(BaseModel, ABC):
+    """A federated algorithm.
+
+    The server half is `server`. The client half is one method for each request that the server half sends, named by
+    the request's verb, such as `train(self, request, client) -> Trained`. A subclass declares
+    `name: Literal["its-name"] = "its-name"` and its settings as further fields.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Of the run: "primary" (a primary objective, at every member), "tasks" (each member names its task)."""
+
+    @abstractmethod
+    def server(self, adapter: Adapter, server: Server) -> Adapter:
+        """One round: the next global adapter. Adapters are values: never change one in place."""
+
+    def exports(self, adapter: Adapter, memory: Memory) -> Mapping[str, Adapter]:
+        """What a finished run writes: folder name to adapter. `final` is always among them."""
+        return {"final": adapter}
+
+    def answer(self, request: Request[Any], client: Client) -> Reply:
+        """The client half's reply. Raises AttributeError if this algorithm does not send such requests."""
+        reply: Reply = getattr(self, request.verb)(request, client)
+        return reply

@@ -1,0 +1,50 @@
+"""FedAvg-GRPO: fixed objective weights, averaged adapters. The baseline of the family."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+
+from fedpact.algorithms.base import Algorithm
+from fedpact.algorithms.steps import Tally, local_batches
+from fedpact.core.advantages import group_advantages, weighted_rewards
+from fedpact.messages import Train, Trained
+from fedpact.protocols import Client, Server
+from fedpact.types import Adapter
+
+
+class FedAvg(Algorithm):
+    """Every member trains on its objectives with fixed weights; the server averages by completions.
+
+    The weights are those of `[objectives]`, renormalised over the objectives that a member has. They are known before
+    the backward pass, so the advantages are combined and one gradient is formed.
+    McMahan et al. 2017 (arXiv:1602.05629) over Shao et al. 2024 (arXiv:2402.03300); that the reference experiments
+    combine them in just this way is our reading.
+    """
+
+    name: Literal["fedavg"] = "fedavg"
+    local_steps: PositiveInt = 4
+    """Optimiser batches between two averages."""
+    multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = "normalize_then_sum"
+    """TRL's names. "sum_then_normalize" adds raw rewards, so that the objective with the largest scale wins;
+    "normalize_then_sum" standardises each objective within its group first (TRL's GDPO then standardises the sum over
+    the batch once more; we do not)."""
+
+    def server(self, adapter: Adapter, server: Server) -> Adapter:
+        return server.mean(Train(adapter)).adapter
+
+    def train(self, request: Train, client: Client) -> Trained:
+        weights = client.default_weights if request.weights is None else request.weights
+        tally = Tally(client)
+        for batch in local_batches(client, request.adapter, self.local_steps):
+            if self.multi_objective_aggregation == "sum_then_normalize":
+                rewards = weighted_rewards(batch.rewards, weights)[None]  # [1, n]
+                advantages = group_advantages(rewards, batch.rollout.group_size, scale=client.scale_rewards)
+            else:
+                advantages = weights.float()[None] @ batch.advantages  # [1, n]
+            jacobian = client.policy.gradients(batch.rollout, advantages)
+            client.policy.step(jacobian.combine(torch.ones(1)))
+            tally.add(batch, weights)
+        return tally.trained(client.policy.adapter())

@@ -1,0 +1,60 @@
+"""FIRM: every member solves its own regularised multi-objective problem."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor
+
+from fedpact.algorithms.base import Algorithm
+from fedpact.algorithms.steps import Tally, local_batches
+from fedpact.core.pareto import kept_rows, regularised_min_norm
+from fedpact.messages import Train, Trained
+from fedpact.protocols import Client, Server
+from fedpact.types import Adapter
+
+
+class FIRM(Algorithm):
+    """Every member balances its own objectives; the server only averages.
+
+    Attested for arXiv:2511.16992: members solve a regularised problem locally and upload one adapter, plain averaging,
+    and, through a summary, the trace-normalised Gram matrix with beta = 0.01. Our reading: the regulariser is
+    beta/2 * |weights - preference|^2. The paper runs PPO with critics; this file runs the GRPO surrogate, whose
+    objective gradients cost one backward pass.
+    """
+
+    name: Literal["firm"] = "firm"
+    local_steps: PositiveInt = 4
+    """Optimiser batches between two averages."""
+    beta: NonNegativeFloat = 0.01
+    """Pull towards `preference`: 0 is plain MGDA, large values fix the weights."""
+    preference: dict[str, NonNegativeFloat] | None = None
+    """Target weights by objective; the others share what is left equally. None: equal weights."""
+    normalise: Literal["trace", "rows"] = "trace"
+    """"trace" as the paper; "rows" gives every objective's gradient unit length first."""
+
+    def server(self, adapter: Adapter, server: Server) -> Adapter:
+        return server.mean(Train(adapter)).adapter
+
+    def train(self, request: Train, client: Client) -> Trained:
+        prior = self.prior(client)
+        tally = Tally(client)
+        for batch in local_batches(client, request.adapter, self.local_steps):
+            jacobian = client.policy.gradients(batch.rollout, batch.advantages)
+            present = jacobian.present & client.present
+            weights = regularised_min_norm(jacobian.gramian, prior, self.beta, present, normalise=self.normalise)
+            client.log(dropped_objectives=float((present & ~kept_rows(jacobian.gramian, present)).sum()))
+            client.policy.step(jacobian.combine(weights))
+            tally.add(batch, weights)
+        return tally.trained(client.policy.adapter())
+
+    def prior(self, client: Client) -> Tensor:
+        """The target weights over the objectives that this member has: [m], summing to 1."""
+        named = self.preference or {}
+        left = max(0.0, 1.0 - sum(named.values()))
+        others = max(1, sum(name not in named for name in client.objectives))
+        prior = client.present.double()
+        for m, name in enumerate(client.objectives):
+            prior[m] *= named.get(name, left / others)
+        return prior / prior.sum() if prior.sum() > 0 else client.present.double() / client.present.sum()

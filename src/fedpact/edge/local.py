@@ -1,0 +1,59 @@
+"""All members in this process: the same server, members and bytes as between sites, without a network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from fedpact.errors import ConfigError, FedPactError
+from fedpact.runtime.config import client_files, load_client
+from fedpact.runtime.engines import Engines
+from fedpact.runtime.member import Member
+from fedpact.runtime.transport import Failure
+from fedpact.types import ClientId
+
+
+class LocalTransport:
+    """Members that answer one after another."""
+
+    def __init__(self, members: Mapping[ClientId, Member]) -> None:
+        self.members = dict(sorted(members.items()))
+
+    def clients(self) -> Sequence[ClientId]:
+        return list(self.members)
+
+    def exchange(
+        self, envelopes: Mapping[ClientId, bytes], *, timeout_s: float | None
+    ) -> Iterator[tuple[ClientId, bytes | Failure]]:
+        start = time.monotonic()
+        for client, envelope in envelopes.items():
+            if timeout_s is not None and time.monotonic() - start > timeout_s:
+                yield client, Failure(f"no reply after {timeout_s:g} s (federation.timeout_s)")
+                continue
+            try:
+                yield client, self.members[client].handle(envelope)
+            except FedPactError as error:
+                yield client, Failure(str(error), error.exit_code)
+
+
+def local_members(folder: Path, *, home: Path, model: Path, engines: Engines) -> dict[ClientId, Member]:
+    """The members of a simulation: one for each client file in `folder`. Raises ConfigError.
+
+    `home` is where each keeps its memory and ledger, `model` the run's base model.
+    """
+    members: dict[ClientId, Member] = {}
+    for path in client_files(folder):
+        config = load_client(path)
+        if config.name in members:
+            raise ConfigError(f"{path}: name: {config.name!r} is taken by another client file; names must differ")
+        members[config.name] = Member(
+            config,
+            folder=path.parent,
+            home=home / config.name,
+            where=str(path),
+            engines=engines,
+            model=model,
+            simulation=True,
+        )
+    return members

@@ -1,0 +1,51 @@
+"""The server's boundary: a reply is checked when it arrives, before anything is computed from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedpact.errors import InadmissibleError
+from fedpact.messages import Averaged, Evaluated, Introduced, Reply, Trained
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a reply of this run must look like."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    """Adapter tensors by name."""
+    num_objectives: int
+    max_weight: float = 1e9
+
+
+def admit(reply: Reply, limits: Limits) -> None:
+    """Return if the reply can be used. Raises InadmissibleError saying what is wrong."""
+    if isinstance(reply, Averaged) and not (math.isfinite(reply.weight) and 0 <= reply.weight <= limits.max_weight):
+        raise InadmissibleError(f"weight: found {reply.weight}, expected a number in [0, {limits.max_weight:g}]")
+    if isinstance(reply, (Trained, Evaluated)):
+        _check("rewards", reply.rewards, (limits.num_objectives,), torch.float32, nan=True)
+        if reply.accuracy is not None and not math.isfinite(reply.accuracy):
+            raise InadmissibleError(f"accuracy: found {reply.accuracy}, expected a finite number")
+    if isinstance(reply, Evaluated):
+        _check("counts", reply.counts, (limits.num_objectives,), torch.int64)
+    if isinstance(reply, Trained):
+        if reply.adapter.keys() != limits.shapes.keys():
+            odd = sorted(reply.adapter.keys() ^ limits.shapes.keys())
+            raise InadmissibleError(f"adapter: {odd[0]!r} is {'missing' if odd[0] in limits.shapes else 'unexpected'}")
+        for name, shape in limits.shapes.items():
+            _check(f"adapter {name}", reply.adapter[name], shape, torch.float32)
+    if isinstance(reply, Introduced) and len(set(reply.objectives)) != len(reply.objectives):
+        raise InadmissibleError(f"objectives: found {reply.objectives}, expected each once")
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, nan: bool = False) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise InadmissibleError(f"{name}: found {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}")
+    bad = tensor.isinf() if nan else ~tensor.isfinite()
+    if bool(bad.any()):
+        raise InadmissibleError(f"{name}: {int(bad.sum())} of {tensor.numel()} entries are not finite")

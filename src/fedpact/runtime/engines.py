@@ -1,0 +1,74 @@
+"""Policies for members: members of one simulation that run the same model alike share one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fedpact.core.lora import adapter_shapes
+from fedpact.errors import ConfigError
+from fedpact.policy.lora_policy import EngineOptions, LoraPolicy
+from fedpact.policy.model import load_model, lora_layers, model_hash, resolve, skeleton_layers
+from fedpact.runtime.config import ModelSettings, PolicySettings
+from fedpact.runtime.contract import Contract
+
+hash_of = cache(model_hash)
+"""`model_hash`, once per folder and process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """What the server knows of the model: where it lies, what it hashes to, and the adapter's shape."""
+
+    path: Path
+    sha256: str
+    shapes: dict[str, tuple[int, int]]
+
+
+def skeleton(settings: PolicySettings, *, where: str, folder: Path) -> Skeleton:
+    """Reads config.json and hashes the weights; loads none. Raises ConfigError if `settings.model` is no model."""
+    path = resolve(settings.model, where=f"{where}: policy.model", folder=folder)
+    try:
+        layers = skeleton_layers(path, settings.lora)
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers raises many types for a config.json that is none of its own
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(f"{where}: policy.model: {path} is no causal language model ({reason[:160]})") from error
+    return Skeleton(path, hash_of(path), adapter_shapes(layers))
+
+
+class Engines:
+    """Makes policies and keeps them: one for each model folder, set of engine options and contract."""
+
+    def __init__(self) -> None:
+        self._policies: dict[tuple[Path, str, str], LoraPolicy] = {}
+
+    def policy(self, path: Path, settings: ModelSettings, contract: Contract, *, where: str) -> LoraPolicy:
+        """The policy for this model under this contract. Raises ConfigError if the files are not the contract's."""
+        found = (path, settings.model_dump_json(), contract.canonical())
+        if found not in self._policies:
+            if hash_of(path) != contract.model:
+                raise ConfigError(
+                    f"{where}: {path} hashes to {hash_of(path)[:12]}, the contract's model to {contract.model[:12]}; "
+                    "put the contract's model there"
+                )
+            device = settings.device
+            if device == "auto":
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            base = load_model(path, where=where, dtype=settings.dtype, device=device)
+            self._policies[found] = LoraPolicy(
+                base,
+                lora_layers(base.model, contract.lora),
+                rollout=contract.rollout,
+                loss=contract.loss,
+                optimizer=contract.optimizer,
+                options=EngineOptions(
+                    settings.micro_batch_tokens, settings.gradient_checkpointing, settings.fused_decoder
+                ),
+            )
+        return self._policies[found]
+

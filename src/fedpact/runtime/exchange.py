@@ -1,0 +1,201 @@
+"""Exchanges: the server asks, replies are admitted one by one and spooled, and the roster closes the exchange."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from fedpact.core.aggregate import AdapterMean, WeightedMean
+from fedpact.errors import InadmissibleError, TooFewRepliesError
+from fedpact.messages import Averaged, Reply, Request
+from fedpact.runtime.admission import Limits, admit
+from fedpact.runtime.codec import decode, encode
+from fedpact.runtime.envelope import Envelope, Version, unwrap
+from fedpact.runtime.ledger import Ledger
+from fedpact.runtime.spool import Spool
+from fedpact.runtime.transport import Failure, Transport
+from fedpact.types import ClientId
+
+R = TypeVar("R", bound=Reply)
+A = TypeVar("A", bound=Averaged)
+
+
+class Replies(Mapping[ClientId, R], Generic[R]):
+    """The admitted replies of one exchange, sorted by member, read from the spool when looked at."""
+
+    def __init__(self, spool: Spool, kind: type[R], roster: Iterable[ClientId]) -> None:
+        self._spool, self._kind, self._roster = spool, kind, sorted(roster)
+
+    def __getitem__(self, client: ClientId) -> R:
+        if client not in self._roster:
+            raise KeyError(client)
+        return decode(self._kind, self._spool.get(client))
+
+    def __iter__(self) -> Iterator[ClientId]:
+        return iter(self._roster)
+
+    def __len__(self) -> int:
+        return len(self._roster)
+
+
+@dataclass
+class Round:
+    """Everything that the exchanges of one round share."""
+
+    run: str
+    contract: str
+    number: int
+    transport: Transport
+    ledger: Ledger
+    limits: Limits
+    spool: Callable[[int], Spool]
+    """The spool of the round's n-th exchange."""
+    since: dict[ClientId, Version]
+    """The last committed version of every member's memory; grows as replies are admitted."""
+    min_replies: int
+    timeout_s: float | None
+    dropped: Callable[[ClientId, str], None]
+    exchanges: int = 0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    def ask(self, requests: Mapping[ClientId, Request[R]]) -> Replies[R]:
+        """One exchange. Raises TooFewRepliesError.
+
+        After a crash the same call finds the spool: a closed exchange is not repeated, and in an open one only those
+        are asked whose replies are missing.
+        """
+        number = self.exchanges
+        self.exchanges += 1
+        spool = self.spool(number)
+        roster = spool.roster()
+        if roster is None:
+            roster = self._collect(number, spool, requests)
+        for client in roster:
+            self.since[client] = (self.number, number)
+        kind = cast("type[R]", next(iter(requests.values())).reply)
+        return Replies(spool, kind, roster)
+
+    def log(self, who: str, metrics: Mapping[str, float]) -> None:
+        """Add figures to this round's metrics; one that is not finite is left out."""
+        for key, value in metrics.items():
+            if value == value and abs(value) != float("inf"):
+                self.metrics.append({"round": self.number, "who": who, "key": key, "value": value})
+
+    def _collect(self, number: int, spool: Spool, requests: Mapping[ClientId, Request[R]]) -> list[ClientId]:
+        missing = [client for client in sorted(requests) if client not in spool.received()]
+        attempt = 1 if spool.folder.exists() else 0
+        envelopes = {client: self._envelope(client, number, attempt, requests[client]) for client in missing}
+        for client, envelope in envelopes.items():
+            self._note(envelope, client, decision="asked", bytes_out=len(envelope.request))
+        failures: dict[ClientId, Failure] = {}
+        sent = {client: encode(envelope) for client, envelope in envelopes.items()}
+        for client, answer in self.transport.exchange(sent, timeout_s=self.timeout_s):
+            envelope = envelopes[client]
+            if isinstance(answer, Failure):
+                failures[client] = answer
+                self._note(envelope, client, decision="failed")
+                continue
+            try:
+                reply = unwrap(envelope, answer)
+                admit(reply, self.limits)
+            except InadmissibleError as error:
+                failures[client] = Failure(str(error), error.exit_code)
+                self._note(envelope, client, decision="refused", bytes_in=len(answer))
+                continue
+            data = encode(reply)
+            spool.put(client, data)
+            digest = hashlib.sha256(data).hexdigest()
+            self._note(envelope, client, decision="admitted", bytes_in=len(answer), reply=digest)
+        for client, failure in failures.items():
+            self.dropped(client, failure.reason)
+        roster = [client for client in spool.received() if client in requests]
+        if len(roster) < self.min_replies:
+            first = f"; {next(iter(failures))}: {next(iter(failures.values())).reason}" if failures else ""
+            raise TooFewRepliesError(
+                f"round {self.number}, exchange {number}: {len(roster)} of {len(requests)} members replied, "
+                f"expected at least {self.min_replies} (federation.min_replies){first}"
+            )
+        spool.close(roster, {client: failure.reason for client, failure in failures.items()})
+        return sorted(roster)
+
+    def _envelope(self, client: ClientId, number: int, attempt: int, request: Request[Any]) -> Envelope:
+        return Envelope(
+            run=self.run,
+            contract=self.contract,
+            round=self.number,
+            exchange=number,
+            attempt=attempt,
+            since=self.since.get(client),
+            nonce=secrets.token_hex(16),
+            verb=request.verb,
+            request=encode(request),
+        )
+
+    def _note(self, envelope: Envelope, client: ClientId, **what: Any) -> None:
+        self.ledger.append(
+            run=self.run,
+            round=self.number,
+            exchange=envelope.exchange,
+            attempt=envelope.attempt,
+            peer=client,
+            verb=envelope.verb,
+            contract=self.contract,
+            request=envelope.digest(),
+            **what,
+        )
+
+
+def mean_reply(replies: Iterable[A]) -> A:
+    """The weighted mean of replies, field by field, in one pass: adapters, tensors, numbers and named figures.
+
+    NaN and None count as not measured. Tensors of whole numbers are counts and are added. `weight` is the sum.
+    """
+    sums: dict[str, Any] = {}
+    kind: type[A] | None = None
+    weight = 0.0
+    for reply in replies:
+        kind = type(reply)
+        weight += reply.weight
+        for one in fields(reply):
+            if one.name != "weight":
+                _add(sums, one.name, getattr(reply, one.name), reply.weight)
+    if kind is None:
+        raise ValueError("no replies to average")
+    return kind(weight=weight, **{name: _result(value) for name, value in sums.items()})
+
+
+def _add(sums: dict[str, Any], name: str, value: Any, weight: float) -> None:
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        sums[name] = sums[name] + value if name in sums else value
+    elif isinstance(value, Tensor):
+        sums.setdefault(name, WeightedMean()).add(value, weight)
+    elif isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values()):
+        sums.setdefault(name, AdapterMean()).add(dict(value), weight)
+    elif isinstance(value, Mapping):
+        figures = sums.setdefault(name, {})
+        for key, entry in value.items():
+            _add(figures, key, entry, weight)
+    else:
+        number = torch.tensor(torch.nan if value is None else float(value), dtype=torch.float64)
+        sums.setdefault(name, _Number()).add(number, weight)
+
+
+class _Number(WeightedMean):
+    """A mean of plain numbers."""
+
+
+def _result(value: Any) -> Any:
+    if isinstance(value, _Number):
+        number = float(value.result())
+        return None if number != number else number
+    if isinstance(value, (WeightedMean, AdapterMean)):
+        return value.result()
+    if isinstance(value, dict):
+        return {key: _result(entry) for key, entry in value.items()}
+    return value

@@ -1,0 +1,74 @@
+"""What a member remembers, by version: (round, exchange) of the request after which it was written.
+
+The server says from which version to start: the last one whose reply it took. There is no "latest": a member whose
+reply was lost starts again from where the server believes it to be.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fedpact.errors import StoreError
+from fedpact.runtime.files import atomic_write, make_private, storing, tensor_bytes, tensors_in
+from fedpact.types import Memory
+
+_VERSION = re.compile(r"(\d{4,})-(\d{2,})\.safetensors")
+
+
+class MemberStore:
+    """One member's memory and its last reply, in a folder that only it can read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._reply = self.folder / "reply"
+
+    def load(self, since: tuple[int, int] | None) -> Memory:
+        """The memory of version `since`; empty for None. Raises StoreError if that version is not kept here."""
+        if since is None:
+            return {}
+        path = self._path(since)
+        with storing(path):
+            if path.exists():
+                return tensors_in(path.read_bytes(), path)
+        kept = ", ".join(f"{round}-{exchange}" for round, exchange in self._versions()) or "none"
+        raise StoreError(
+            f"{path}: the server asks for this version, kept are: {kept}; restore it from a copy, or let the "
+            f"coordinator start a new run"
+        )
+
+    def save(self, version: tuple[int, int], memory: Memory, request_digest: str, reply: bytes) -> None:
+        """Keeps `memory` as `version`, and `reply` as the answer to `request_digest` in place of the last one.
+
+        After a crash in between, the memory is there and the reply is not: the request is then worked out again, from
+        its own `since`, and writes the same version.
+        """
+        with storing(self.folder):
+            make_private(self.folder)
+        atomic_write(self._path(version), tensor_bytes(memory))
+        atomic_write(self._reply, request_digest.encode() + b"\n" + reply)
+
+    def cached(self, request_digest: str) -> bytes | None:
+        """The last reply, if it answered this request; None otherwise."""
+        if not self._reply.exists():
+            return None
+        with storing(self._reply), self._reply.open("rb") as file:
+            answered = file.readline().rstrip(b"\n")
+            return file.read() if answered == request_digest.encode() else None
+
+    def prune(self, since: tuple[int, int] | None) -> None:
+        """Removes the versions older than `since`, which the server will not ask for again; None removes nothing."""
+        for version in self._versions():
+            if since is not None and version < since:
+                with storing(self._path(version)):
+                    self._path(version).unlink(missing_ok=True)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """The versions kept here, oldest first."""
+        with storing(self.folder):
+            names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        return sorted((int(found[1]), int(found[2])) for found in map(_VERSION.fullmatch, names) if found)
+
+    def _path(self, version: tuple[int, int]) -> Path:
+        round, exchange = version
+        return self.folder / f"{round:04d}-{exchange:02d}.safetensors"

@@ -1,0 +1,181 @@
+"""A run, round by round, from wherever its folder stands to the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedpact import __version__
+from fedpact.core.lora import initial_adapter
+from fedpact.errors import StoreError, TooFewRepliesError
+from fedpact.messages import Evaluate, Evaluated, Hello, Introduced
+from fedpact.runtime.admission import Limits, admit
+from fedpact.runtime.codec import encode
+from fedpact.runtime.config import RunConfig
+from fedpact.runtime.contract import Contract, contract_hash, contract_of
+from fedpact.runtime.engines import Skeleton
+from fedpact.runtime.envelope import Envelope, Version, unwrap
+from fedpact.runtime.exchange import Round, mean_reply
+from fedpact.runtime.ledger import Ledger
+from fedpact.runtime.server import ServerSide
+from fedpact.runtime.store import RunFolder
+from fedpact.runtime.transport import Failure, Transport
+from fedpact.seeding import permutation
+from fedpact.types import Adapter, ClientId, Memory
+
+
+class Observer(Protocol):
+    """Somebody who watches a run."""
+
+    def round_done(self, round: int, metrics: Sequence[Mapping[str, Any]]) -> None: ...
+    def dropped(self, client: ClientId, reason: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """What a run begins with."""
+
+    model: Skeleton
+    adapter: Adapter
+    adapter_config: Mapping[str, Any]
+
+
+class Run:
+    """One run over one transport. `folder` is open for writing; it may hold rounds already."""
+
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, start: Start, transport: Transport, observer: Observer
+    ) -> None:
+        self.folder, self.config, self.start, self.transport, self.observer = folder, config, start, transport, observer
+        self.contract: Contract = contract_of(config, model=start.model.sha256)
+        self.canonical = self.contract.canonical()
+        self.hash = contract_hash(self.canonical)
+        self.name = folder.path.resolve().name
+        self.limits = Limits(start.model.shapes, len(config.objectives))
+        self.ledger = Ledger(folder.path / "ledger.jsonl")
+        self.since: dict[ClientId, Version] = {}
+
+    def introduce(self) -> dict[ClientId, Introduced]:
+        """Say hello to everybody. Raises TooFewRepliesError, or the error of a member that refuses the contract."""
+        envelopes = {
+            client: Envelope(
+                run=self.name,
+                contract=self.hash,
+                round=0,
+                exchange=0,
+                attempt=0,
+                since=None,
+                nonce=f"hello {client}",
+                verb=Hello.verb,
+                request=encode(Hello(self.canonical)),
+            )
+            for client in self.transport.clients()
+        }
+        sent = {client: encode(envelope) for client, envelope in envelopes.items()}
+        introduced: dict[ClientId, Introduced] = {}
+        for client, answer in self.transport.exchange(sent, timeout_s=self.config.federation.timeout_s):
+            if isinstance(answer, Failure):
+                self.observer.dropped(client, answer.reason)
+                continue
+            reply = unwrap(envelopes[client], answer)
+            admit(reply, self.limits)
+            assert isinstance(reply, Introduced)
+            introduced[client] = reply
+        if len(introduced) < self.config.federation.min_replies:
+            raise TooFewRepliesError(
+                f"{len(introduced)} of {len(envelopes)} members said hello, expected at least "
+                f"{self.config.federation.min_replies} (federation.min_replies)"
+            )
+        return dict(sorted(introduced.items()))
+
+    def go(self, clients: Mapping[ClientId, Introduced]) -> None:
+        """All rounds that are left, then the exports. Every committed round can be resumed from."""
+        latest = self.folder.latest_round()
+        if latest is None:
+            adapter, memory = self.start.adapter, Memory()
+            self._round(0, adapter, memory, clients)
+            latest = 0
+        else:
+            checkpoint = self.folder.load(latest)
+            if checkpoint.state["contract"] != self.hash:
+                raise StoreError(
+                    f"{self.folder.path}: round {latest} was made under contract {checkpoint.state['contract'][:12]}, now it "
+                    f"is {self.hash[:12]}; the configuration or the model has changed: put it back, or start a new run"
+                )
+            adapter, memory = checkpoint.adapter, checkpoint.memory
+            self.since = {client: (v[0], v[1]) for client, v in checkpoint.state["since"].items()}
+        for number in range(latest + 1, self.config.rounds + 1):
+            adapter = self._round(number, adapter, memory, clients)
+        for name, exported in self.config.algorithm.exports(adapter, memory).items():
+            self.folder.write_final(name, exported, self.start.adapter_config, self._card(clients))
+
+    def _round(
+        self, number: int, adapter: Adapter, memory: Memory, clients: Mapping[ClientId, Introduced]
+    ) -> Adapter:
+        one = Round(
+            run=self.name,
+            contract=self.hash,
+            number=number,
+            transport=self.transport,
+            ledger=self.ledger,
+            limits=self.limits,
+            spool=lambda exchange: self.folder.spool(number, exchange),
+            since=dict(self.since),
+            min_replies=self.config.federation.min_replies,
+            timeout_s=self.config.federation.timeout_s,
+            dropped=self.observer.dropped,
+        )
+        if number > 0:
+            cohort = {client: clients[client] for client in self._cohort(number, sorted(clients))}
+            side = ServerSide(one, clients=cohort, objectives=list(self.config.objectives), memory=memory)
+            adapter = self.config.algorithm.server(adapter, side)
+        if number % self.config.evaluation.every == 0 or number == self.config.rounds:
+            self._evaluate(one, adapter, clients)
+        self.folder.commit(
+            number,
+            adapter=adapter,
+            adapter_config=self.start.adapter_config,
+            memory=memory,
+            state={"schema": 1, "round": number, "contract": self.hash, "since": one.since},
+            metrics=one.metrics,
+        )
+        self.since = one.since
+        self.observer.round_done(number, one.metrics)
+        return adapter
+
+    def _cohort(self, number: int, names: list[ClientId]) -> list[ClientId]:
+        size = max(1, math.ceil(self.config.federation.participation * len(names)))
+        order = permutation(len(names), self.config.seed, number, "cohort")
+        return sorted(names[i] for i in order[:size])
+
+    def _evaluate(self, one: Round, adapter: Adapter, clients: Mapping[ClientId, Introduced]) -> None:
+        for greedy in (False, True) if self.config.evaluation.greedy else (False,):
+            prefix = "heldout_greedy" if greedy else "heldout"
+            replies = one.ask(dict.fromkeys(clients, Evaluate(adapter, greedy)))
+            for client, reply in replies.items():
+                one.log(client, self._figures(prefix, reply))
+            one.log("all", self._figures(prefix, mean_reply(replies.values())))
+
+    def _figures(self, prefix: str, reply: Evaluated) -> dict[str, float]:
+        figures = {f"{prefix}/{name}": v for name, v in zip(self.config.objectives, reply.rewards.tolist(), strict=True)}
+        return figures if reply.accuracy is None else {**figures, f"{prefix}/accuracy": reply.accuracy}
+
+    def _card(self, clients: Mapping[ClientId, Introduced]) -> str:
+        algorithm = self.config.algorithm.model_dump(mode="json")
+        settings = "\n".join(f"- `{name}`: {value}" for name, value in algorithm.items())
+        return (
+            f"---\nbase_model: {self.config.policy.model}\nlibrary_name: peft\ntags: [fedpact, lora, federated]\n---\n"
+            f"# {self.name}\n\nA LoRA adapter aligned by {len(clients)} members with FedPact {__version__}: "
+            f"{self.config.rounds} rounds of `{algorithm.get('name')}`. No member's prompts or rewards left it.\n\n"
+            f"Objectives: {', '.join(self.config.objectives)}.\n\n{settings}\n\n"
+            f"Base model SHA-256 `{self.start.model.sha256}`; contract `{self.hash}`.\n\n"
+            "LoRA deltas carry information about the data they were trained on. This run added no noise to them: it "
+            "comes with no formal privacy guarantee.\n"
+        )
+
+
+def fresh_adapter(config: RunConfig, layers: Sequence[Any]) -> Adapter:
+    """The adapter that a run begins with where none is given: drawn from the seed."""
+    return initial_adapter(layers, config.seed)
