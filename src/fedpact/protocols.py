@@ -43,7 +43,7 @@ class Jacobian(Protocol):
 
     @property
     def present(self) -> Tensor:
-        """[m] bool; False: not measured here, and the row is zero."""
+        """[m] bool; False: all its advantages are zero, so that it says nothing here and gets no weight."""
         ...
 
     def __getitem__(self, m: int) -> Direction: ...

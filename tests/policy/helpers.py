@@ -17,7 +17,9 @@ from tests.conftest import tokenizer
 
 LORA = LoraSettings(r=4, lora_alpha=8)
 PROMPTS = Prompts(
-    text=["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12"], ids=torch.arange(4), columns={"answer": ["a", "b", "c", "d"]}
+    text=["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12"],
+    ids=torch.arange(4),
+    columns={"answer": ["a", "b", "c", "d"]},
 )
 
 
@@ -36,9 +38,7 @@ def make_policy(
     policy = LoraPolicy(
         base,
         lora_layers(base.model, LORA),
-        rollout=RolloutSettings(
-            num_generations=num_generations, max_completion_length=length, temperature=temperature
-        ),
+        rollout=RolloutSettings(num_generations=num_generations, max_completion_length=length, temperature=temperature),
         loss=loss or LossSettings(loss_type="grpo"),
         optimizer=optimizer or OptimizerSettings(learning_rate=1e-2),
         options=options,

@@ -6,6 +6,7 @@ An algorithm outside the package registers itself under the entry-point group `f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ TABLE: dict[str, Entry] = {
 }
 
 
+@cache
 def table() -> dict[str, Entry]:
     """The built-in algorithms and those that installed packages register, by name."""
     outside = {

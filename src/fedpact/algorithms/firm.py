@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
@@ -45,9 +46,16 @@ class FIRM(Algorithm):
             present = jacobian.present & client.present
             weights = regularised_min_norm(jacobian.gramian, prior, self.beta, present, normalise=self.normalise)
             client.log(dropped_objectives=float((present & ~kept_rows(jacobian.gramian, present)).sum()))
-            client.policy.step(jacobian.combine(weights))
+            client.policy.step(jacobian.combine(self.of_raw_rows(weights, jacobian.gramian)))
             tally.add(batch, weights)
         return tally.trained(client.policy.adapter())
+
+    def of_raw_rows(self, weights: Tensor, gramian: Tensor) -> Tensor:
+        """What the solver's weights mean for the gradients as they are: with "rows" they belong to unit rows."""
+        if self.normalise == "trace":
+            return weights
+        norms = gramian.diagonal().sqrt()
+        return weights * torch.where(norms > 0, norms.max() / norms, 0.0)
 
     def prior(self, client: Client) -> Tensor:
         """The target weights over the objectives that this member has: [m], summing to 1."""

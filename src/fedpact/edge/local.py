@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fedpact.errors import ConfigError, FedPactError
-from fedpact.runtime.config import client_files, load_client
-from fedpact.runtime.engines import Engines
+from fedpact.messages import Hello
+from fedpact.runtime.config import RunConfig, client_files, load_client
+from fedpact.runtime.contract import contract_of
+from fedpact.runtime.engines import Engines, Skeleton
 from fedpact.runtime.member import Member
 from fedpact.runtime.transport import Failure
 from fedpact.types import ClientId
@@ -57,3 +59,25 @@ def local_members(folder: Path, *, home: Path, model: Path, engines: Engines) ->
             simulation=True,
         )
     return members
+
+
+def local_transport(config: RunConfig, folder: Path, out: Path, model: Skeleton) -> LocalTransport:
+    """The simulated members of a run, after a dry run of each: what is wrong with a client file shows before round 0.
+
+    Raises ConfigError or RewardError.
+    """
+    members = local_members(
+        folder / config.simulation.clients, home=out / "clients", model=model.path, engines=Engines()
+    )
+    check_members(config, members, model)
+    return LocalTransport(members)
+
+
+def check_members(config: RunConfig, members: Mapping[ClientId, Member], model: Skeleton) -> list[str]:
+    """Each member accepts the contract and judges two prompts' completions; a line for each."""
+    hello = Hello(contract_of(config, model=model.sha256).canonical())
+    lines = []
+    for member in members.values():
+        member.hello(hello)
+        lines.append(member.check())
+    return lines

@@ -118,7 +118,10 @@ class RunConfig(Settings):
 
     def dump(self) -> dict[str, Any]:
         """The resolved configuration; `RunConfig.model_validate` reads it back."""
-        return {**self.model_dump(mode="json", exclude={"algorithm"}), "algorithm": self.algorithm.model_dump(mode="json")}
+        return {
+            **self.model_dump(mode="json", exclude={"algorithm"}),
+            "algorithm": self.algorithm.model_dump(mode="json"),
+        }
 
 
 class ModelSettings(Settings):

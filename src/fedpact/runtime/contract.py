@@ -70,7 +70,9 @@ def read_contract(canonical: str) -> Contract:
         contract = validated(Contract, json.loads(canonical), where="contract")
         parse_algorithm(contract.algorithm)
     except Exception as error:
-        raise RefusedError(f"contract not understood: {error}; members and server must run compatible versions") from error
+        raise RefusedError(
+            f"contract not understood: {error}; members and server must run compatible versions"
+        ) from error
     return contract
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fedpact.core.lora import adapter_shapes
+from fedpact.core.lora import LoraLayer, adapter_shapes
 from fedpact.errors import ConfigError
 from fedpact.policy.lora_policy import EngineOptions, LoraPolicy
 from fedpact.policy.model import load_model, lora_layers, model_hash, resolve, skeleton_layers
@@ -25,7 +25,11 @@ class Skeleton:
 
     path: Path
     sha256: str
-    shapes: dict[str, tuple[int, int]]
+    layers: tuple[LoraLayer, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return adapter_shapes(self.layers)
 
 
 def skeleton(settings: PolicySettings, *, where: str, folder: Path) -> Skeleton:
@@ -38,7 +42,7 @@ def skeleton(settings: PolicySettings, *, where: str, folder: Path) -> Skeleton:
     except Exception as error:  # transformers raises many types for a config.json that is none of its own
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(f"{where}: policy.model: {path} is no causal language model ({reason[:160]})") from error
-    return Skeleton(path, hash_of(path), adapter_shapes(layers))
+    return Skeleton(path, hash_of(path), tuple(layers))
 
 
 class Engines:
@@ -71,4 +75,3 @@ class Engines:
                 ),
             )
         return self._policies[found]
-

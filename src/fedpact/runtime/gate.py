@@ -33,7 +33,9 @@ class Gate:
         if self.site.accept is None and not self.simulation:
             raise RefusedError(f"{self.where}: site.accept: no contract accepted; this run's is {found}")
         if self.site.accept not in (None, found):
-            raise RefusedError(f"{self.where}: site.accept: {self.site.accept} is accepted; this run's contract is {found}")
+            raise RefusedError(
+                f"{self.where}: site.accept: {self.site.accept} is accepted; this run's contract is {found}"
+            )
         contract = read_contract(canonical)
         asked = {
             "max_rounds": contract.rounds,
@@ -50,9 +52,13 @@ class Gate:
     def enter(self, verb: str, contract: str, accepted: str | None) -> None:
         """Let a request in. Raises RefusedError if its verb or its contract is not this member's choice."""
         if verb not in self.site.verbs:
-            raise RefusedError(f"{self.where}: site.verbs: {verb!r} is not allowed; allowed are {', '.join(self.site.verbs)}")
+            raise RefusedError(
+                f"{self.where}: site.verbs: {verb!r} is not allowed; allowed are {', '.join(self.site.verbs)}"
+            )
         if verb != "hello" and contract != accepted:
-            raise RefusedError(f"{self.where}: request under contract {contract[:12]}, accepted is {str(accepted)[:12]}")
+            raise RefusedError(
+                f"{self.where}: request under contract {contract[:12]}, accepted is {str(accepted)[:12]}"
+            )
 
     def leave(self, request: Request[Any], reply: Reply) -> Reply:
         """What of `reply` may leave. Raises RefusedError if none of it may."""
@@ -60,8 +66,9 @@ class Gate:
             reply = replace(reply, weight=min(reply.weight, self.site.max_weight or float("inf")))
         counts = getattr(reply, "counts", None)
         if counts is not None and 0 < int(counts.max()) < self.site.min_samples:
+            found, wanted = int(counts.max()), self.site.min_samples
             raise RefusedError(
-                f"{self.where}: site.min_samples: figures of {int(counts.max())} completions, expected {self.site.min_samples}"
+                f"{self.where}: site.min_samples: figures rest on {found} completions, expected {wanted}"
             )
         if isinstance(reply, Trained):
             reply = replace(reply, adapter=self._clipped(getattr(request, "adapter", {}), reply.adapter))
@@ -86,5 +93,7 @@ class Gate:
             changes["accuracy"] = None
         if "metrics" in names:
             metrics = getattr(reply, "metrics") if "metrics" in self.share else {}  # noqa: B009
-            changes["metrics"] = {name: round(value, 3) for name, value in metrics.items()} if not self.simulation else metrics
+            changes["metrics"] = (
+                {name: round(value, 3) for name, value in metrics.items()} if not self.simulation else metrics
+            )
         return replace(reply, **changes) if changes else reply

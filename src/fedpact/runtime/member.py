@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fedpact.errors import ConfigError, RefusedError, RewardError
+from fedpact.errors import ConfigError, RefusedError
 from fedpact.messages import Evaluate, Evaluated, Hello, Introduced, Reply, Request
-from fedpact.rewards.load import LoadedReward, RewardSet, load_reward
+from fedpact.rewards.load import LoadedReward, load_reward
 from fedpact.runtime.client import ClientSide
 from fedpact.runtime.codec import decode, encode
 from fedpact.runtime.config import ClientConfig, RewardSettings, parse_algorithm
@@ -90,9 +86,8 @@ class Member:
         contract = self.gate.accept(request.contract)
         unknown = [name for name in self.rewards if name not in contract.objectives]
         if unknown:
-            raise ConfigError(
-                f"{self.where}: rewards.{unknown[0]}: no such objective in the run; there are {', '.join(contract.objectives)}"
-            )
+            known = ", ".join(contract.objectives)
+            raise ConfigError(f"{self.where}: rewards.{unknown[0]}: no such objective in the run; there are {known}")
         trained = tuple(name for name in contract.objectives if name in self.rewards and not self._audit(name))
         if not trained:
             raise ConfigError(f"{self.where}: rewards: all are audits; expected at least one to train on")
@@ -112,8 +107,8 @@ class Member:
             versions={package: version(package) for package in ("fedpact", "torch", "transformers", "peft")},
         )
 
-    def check(self) -> list[str]:
-        """Dry-run two prompts with the untrained model, after `hello`; what there is to say, a line each."""
+    def check(self) -> str:
+        """Dry-run two prompts with the untrained model, after `hello`; what there is to say, in a line."""
         client = self._client(round=0, exchange=0, since=None)
         rollout = client.policy.generate(self.train_prompts.select([0, min(1, len(self.train_prompts) - 1)]), draw=0)
         rewards = client.rewards(rollout.prompts, rollout.completions, audits=True)
@@ -122,10 +117,14 @@ class Member:
             for name, row in zip(client.objectives, rewards, strict=True)
             if name in self.rewards
         )
-        return [
+        return (
             f"{self.config.name}: {len(self.train_prompts)} prompts, {len(self.heldout)} held out; mean rewards of "
             f"{len(rollout.completions)} completions: {figures}"
-        ]
+        )
+
+    def evaluate(self, request: Evaluate) -> Evaluated:
+        """Held-out results, for this member's own eyes: past the gate, and nothing is remembered."""
+        return self._evaluate(request, self._client(round=0, exchange=0, since=None))
 
     def _answer(self, envelope: Envelope, request: Request[Any], digest: str) -> bytes:
         client = self._client(envelope.round, envelope.exchange, envelope.since)
@@ -164,7 +163,9 @@ class Member:
         settings = client.contract.evaluation
         prompts = self.heldout.select(list(range(min(settings.num_prompts or len(self.heldout), len(self.heldout)))))
         client.policy.load(request.adapter)
-        rollout = client.policy.generate(prompts, draw=0, num_generations=settings.num_generations, greedy=request.greedy)
+        rollout = client.policy.generate(
+            prompts, draw=0, num_generations=settings.num_generations, greedy=request.greedy
+        )
         rewards = client.rewards(rollout.prompts, rollout.completions, audits=True)
         means = rewards.nanmean(dim=1)
         accuracy = None if client.primary is None else float(means[client.primary])
@@ -191,8 +192,8 @@ class Member:
         train, heldout = split_heldout(prompts, settings.heldout_share, 0)
         if not len(train) or not len(heldout):
             raise ConfigError(
-                f"{self.where}: prompts.heldout_share: {settings.heldout_share} leaves {len(train)} prompts to train on and "
-                f"{len(heldout)} to hold out; expected some of both"
+                f"{self.where}: prompts.heldout_share: {settings.heldout_share} leaves {len(train)} prompts to train "
+                f"on and {len(heldout)} to hold out; expected some of both"
             )
         return train, heldout
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedpact import __version__
-from fedpact.core.lora import initial_adapter
 from fedpact.errors import StoreError, TooFewRepliesError
 from fedpact.messages import Evaluate, Evaluated, Hello, Introduced
 from fedpact.runtime.admission import Limits, admit
@@ -101,8 +100,8 @@ class Run:
             checkpoint = self.folder.load(latest)
             if checkpoint.state["contract"] != self.hash:
                 raise StoreError(
-                    f"{self.folder.path}: round {latest} was made under contract {checkpoint.state['contract'][:12]}, now it "
-                    f"is {self.hash[:12]}; the configuration or the model has changed: put it back, or start a new run"
+                    f"{self.folder.path}: round {latest} was made under contract {checkpoint.state['contract'][:12]}, "
+                    f"now it is {self.hash[:12]}; the configuration or the model has changed: put it back"
                 )
             adapter, memory = checkpoint.adapter, checkpoint.memory
             self.since = {client: (v[0], v[1]) for client, v in checkpoint.state["since"].items()}
@@ -111,9 +110,7 @@ class Run:
         for name, exported in self.config.algorithm.exports(adapter, memory).items():
             self.folder.write_final(name, exported, self.start.adapter_config, self._card(clients))
 
-    def _round(
-        self, number: int, adapter: Adapter, memory: Memory, clients: Mapping[ClientId, Introduced]
-    ) -> Adapter:
+    def _round(self, number: int, adapter: Adapter, memory: Memory, clients: Mapping[ClientId, Introduced]) -> Adapter:
         one = Round(
             run=self.name,
             contract=self.hash,
@@ -159,7 +156,9 @@ class Run:
             one.log("all", self._figures(prefix, mean_reply(replies.values())))
 
     def _figures(self, prefix: str, reply: Evaluated) -> dict[str, float]:
-        figures = {f"{prefix}/{name}": v for name, v in zip(self.config.objectives, reply.rewards.tolist(), strict=True)}
+        figures = {
+            f"{prefix}/{name}": v for name, v in zip(self.config.objectives, reply.rewards.tolist(), strict=True)
+        }
         return figures if reply.accuracy is None else {**figures, f"{prefix}/accuracy": reply.accuracy}
 
     def _card(self, clients: Mapping[ClientId, Introduced]) -> str:
@@ -174,8 +173,3 @@ class Run:
             "LoRA deltas carry information about the data they were trained on. This run added no noise to them: it "
             "comes with no formal privacy guarantee.\n"
         )
-
-
-def fresh_adapter(config: RunConfig, layers: Sequence[Any]) -> Adapter:
-    """The adapter that a run begins with where none is given: drawn from the seed."""
-    return initial_adapter(layers, config.seed)

@@ -73,11 +73,10 @@ def load_prompts(
         raise DataError(f"{place} has no column {prompt!r}; it has {listed}; set `prompt` or `template`")
     for name in columns.keys() & set(_RESERVED):
         raise DataError(f"{place} has a column {name!r}, which rewards receive already; set `rename`")
-    kinds = {isinstance(text, str) for text in texts}
-    if len(kinds) > 1:
-        odd = next(row for row, text in enumerate(texts) if isinstance(text, str) != isinstance(texts[0], str))
-        raise DataError(f"{place} mixes plain prompts and chats: row {odd} differs from row 0; use one kind")
     prompts = [_prompt(text, system, as_chat, f"{place}, row {row}") for row, text in enumerate(texts)]
+    odd = [row for row, text in enumerate(texts) if isinstance(text, str) != isinstance(texts[0], str)]
+    if odd:
+        raise DataError(f"{place} mixes plain prompts and chats: row {odd[0]} differs from row 0; use one kind")
     return Prompts(text=prompts, ids=torch.arange(len(prompts)), columns=columns)
 
 
@@ -91,7 +90,7 @@ def split_heldout(prompts: Prompts, share: float, seed: int) -> Split:
     for row, text in enumerate(prompts.text):
         plain = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
         # CRC-32 alone is linear: another seed would only flip bits, and give the same sides or opposite ones.
-        draw = key(seed, "heldout", zlib.crc32(plain.encode())) / 2**63
+        draw = key(seed, "heldout", zlib.crc32(plain.encode(errors="surrogatepass"))) / 2**63
         sides[draw < share].append(row)
     if not all(sides):
         empty = "held out" if sides[0] else "left to train on"
@@ -103,7 +102,7 @@ def _rows(path: str, folder: Path, split: str | None, where: str) -> Iterator[Ro
     if path.startswith("gym:"):
         return _gym_rows(path, where)
     file = folder / path
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not file.suffix and not file.exists()
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(\?.*)?", path) and not file.suffix and not file.exists()
     if is_id or path.startswith("datasets:"):
         return _datasets_rows(path, split, where)
     if split is not None:
@@ -216,7 +215,6 @@ def _options(text: str, where: str) -> tuple[str, dict[str, Any]]:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
     except ValueError as error:
         raise DataError(f"{where}: cannot read the options {query!r}; expected name=value&name=value") from error
-
     options: dict[str, Any] = dict(pairs)
     for option, written in pairs:
         with contextlib.suppress(json.JSONDecodeError):

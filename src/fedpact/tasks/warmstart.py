@@ -138,8 +138,8 @@ def completion(op: str, digits: Sequence[int], *, reasoned: bool, tagged: bool, 
 def measure(model_path: Path, *, size: int = 96, samples: int = 1, seed: int = 0) -> dict[str, float]:
     """What the model at `model_path` does on held-out prompts, `size` an operation.
 
-    Of `samples` completions a prompt at temperature 1, PAD excluded: `accuracy`, `format` (well formed), `forbidden` (has
-    the forbidden word), `tokens` (mean length, end token included), `reasoned` (more than one digit),
+    Of `samples` completions a prompt at temperature 1, PAD excluded: `accuracy`, `format` (well formed), `forbidden`
+    (has the forbidden word), `tokens` (mean length, end token included), `reasoned` (more than one digit),
     `accuracy/reasoned`, `accuracy/direct`, and `solved` (share of prompts that at least one sample got right). Of one
     greedy completion a prompt: `greedy`. `accuracy`, `solved` and `greedy` also by operation: `accuracy/add`.
     The answer is the last digit, tags or not. NaN: there was no such completion.
@@ -174,7 +174,7 @@ def measure(model_path: Path, *, size: int = 96, samples: int = 1, seed: int = 0
     }
     for name, values in by_case.items():
         figures[name] = values
-        figures |= {f"{name}/{op}": part for op, part in zip(opchains.OPS, values.split(size), strict=True)}
+        figures |= {f"{name}/{op}": part for op, part in zip(opchains.OPS, values.view(-1, size), strict=True)}
     return {name: values.mean().item() for name, values in figures.items()}
 
 
@@ -182,12 +182,12 @@ def _fit(model: Any, rows: Tensor, steps: int) -> list[float]:
     # Cross-entropy of the completions only; the learning rate rises for 50 steps and falls to a tenth at the end.
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     losses = []
-    for step, batch in enumerate(rows.split(_BATCH)):
+    for step, batch in enumerate(rows.view(steps, _BATCH, _ROW)):
         optimizer.param_groups[0]["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
         logits = model(batch).logits[:, _PROMPT - 1 : -1]  # [64, 10, vocabulary]
         loss = cross_entropy(logits.flatten(0, 1), batch[:, _PROMPT:].flatten(), ignore_index=_IDS[PAD])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())

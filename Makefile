@@ -1,0 +1,38 @@
+# `make demo` and `make test` set everything up on a fresh machine: Python 3.11 or newer, make, and a network to PyPI.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN = .venv/bin
+READY = .venv/.ready
+
+.PHONY: demo test fast slow lint bench results clean
+
+demo: $(READY)
+	$(BIN)/fedpact demo
+
+test: lint fast slow
+
+lint: $(READY)
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+
+fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+results: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning
+
+# torch first and alone: the version is pinned, because an unpinned one may bring gigabytes
+$(READY): pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

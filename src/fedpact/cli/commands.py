@@ -1,0 +1,155 @@
+"""What the commands do. Each prints what a person wants to know and leaves files behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpact import __version__
+from fedpact.cli.example import RUN_FILE, example_files
+from fedpact.cli.progress import Progress
+from fedpact.edge.local import check_members, local_members, local_transport
+from fedpact.errors import ConfigError, StoreError
+from fedpact.messages import Evaluate
+from fedpact.report.page import write_report
+from fedpact.report.read import read_run
+from fedpact.runtime import launch
+from fedpact.runtime.config import load_run
+from fedpact.runtime.engines import Engines
+from fedpact.runtime.store import RunFolder
+
+
+def init(folder: Path) -> None:
+    """Write an example to start from. Raises ConfigError if `folder` holds anything already."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: not empty; give a new folder")
+    for name, text in example_files().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    print(f"wrote {folder}: set policy.model in {folder / RUN_FILE}, then `fedpact check {folder / RUN_FILE}`")
+
+
+def check(path: Path, overrides: Sequence[str]) -> None:
+    """Everything that `run` would need, and a dry run of each member."""
+    config = load_run(path, overrides)
+    begin = launch.prepared(config, path.parent, where=str(path))
+    scratch = Path(_temporary())
+    try:
+        clients = path.parent / config.simulation.clients
+        members = local_members(clients, home=scratch, model=begin.model.path, engines=Engines())
+        for line in check_members(config, members, begin.model):
+            print(line)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    num_parameters = sum(rows * columns for rows, columns in begin.model.shapes.values())
+    print(f"{path}: ready; {len(members)} members, an adapter of {num_parameters:,} parameters crosses the network")
+
+
+def run(path: Path, out: Path | None, overrides: Sequence[str], transport: str) -> None:
+    """A new run from a run file."""
+    if transport != "local":
+        raise ConfigError(f"--transport {transport}: not in this version; expected local")
+    config = load_run(path, overrides)
+    out = out or path.parent / "runs" / path.stem
+    progress = Progress(config.rounds, primary=_primary(config.objectives))
+    launch.start(config, path.parent, out, where=str(path), make=local_transport, observer=progress)
+    _finish(out)
+
+
+def resume(out: Path) -> None:
+    """Go on with a run."""
+    record = RunFolder(out).read_run()
+    config, _ = launch.recorded(record, out)
+    progress = Progress(config.rounds, primary=_primary(config.objectives))
+    launch.resume(out, make=local_transport, observer=progress)
+    _finish(out)
+
+
+def status(out: Path, *, as_json: bool) -> None:
+    """How far a run is."""
+    record = read_run(out)
+    latest = {key: record.series(key) for key in (f"heldout/{name}" for name in record.objectives)}
+    figures = {key: points[-1][1] for key, points in latest.items() if points}
+    if as_json:
+        about = {"name": record.name, "rounds_done": record.rounds_done, "rounds": record.rounds_planned}
+        print(json.dumps({**about, "finished": record.finished, "latest": figures}, indent=2))
+        return
+    state = "finished" if record.finished else f"unfinished; `fedpact resume {out}` goes on"
+    print(f"{record.name}: {record.label}, round {record.rounds_done} of {record.rounds_planned}, {state}")
+    for key, value in figures.items():
+        print(f"  {key}: {value:.3f}")
+
+
+def evaluate(out: Path, *, as_json: bool) -> None:
+    """The last committed adapter at every member, now; nothing is recorded."""
+    store = RunFolder(out)
+    config, folder = launch.recorded(store.read_run(), out)
+    latest = store.latest_round()
+    if latest is None:
+        raise StoreError(f"{out}: no round is committed yet; `fedpact resume {out}`")
+    begin = launch.prepared(config, folder, where=str(out / "run.json"))
+    adapter = store.load(latest).adapter
+    scratch = Path(_temporary())
+    results: dict[str, dict[str, float]] = {}
+    try:
+        clients = folder / config.simulation.clients
+        members = local_members(clients, home=scratch, model=begin.model.path, engines=Engines())
+        check_members(config, members, begin.model)
+        for name, member in members.items():
+            rewards = member.evaluate(Evaluate(adapter, config.evaluation.greedy)).rewards.tolist()
+            results[name] = {
+                key: value for key, value in zip(config.objectives, rewards, strict=True) if value == value
+            }
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if as_json:
+        print(json.dumps({"round": latest, "members": results}, indent=2))
+        return
+    print(f"round {latest}, held-out means")
+    for name, figures in results.items():
+        print(f"  {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+
+
+def report(folders: Sequence[Path], out: Path | None) -> None:
+    """One page about some runs."""
+    title = " and ".join(read_run(folder).name for folder in folders)
+    print(write_report(folders, out or folders[0] / "report.html", title=title))
+
+
+def doctor() -> None:
+    """What this machine has."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, CPU only"
+    print(f"fedpact {__version__}\ndevice: {device}, {torch.get_num_threads()} threads")
+    for package in ("torch", "transformers", "peft", "safetensors"):
+        print(f"{package} {version(package)}")
+    for extra, package in {"data": "datasets", "math": "math_verify", "gym": "reasoning_gym"}.items():
+        try:
+            found = version(package.replace("_", "-"))
+        except PackageNotFoundError:
+            found = f"missing; pip install 'fedpact[{extra}]'"
+        print(f"extra {extra}: {package} {found}")
+    import_module("fedpact.policy.lora_policy")
+    print("ok")
+
+
+def _finish(out: Path) -> None:
+    page = write_report([out], out / "report.html", title=out.name)
+    print(f"adapter: {out / 'final'}\nreport: {page}")
+
+
+def _primary(objectives: Mapping[str, Any]) -> str:
+    return next((name for name, objective in objectives.items() if objective.primary), next(iter(objectives)))
+
+
+def _temporary() -> str:
+    import tempfile
+
+    return tempfile.mkdtemp(prefix="fedpact-")

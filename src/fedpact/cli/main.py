@@ -1,0 +1,181 @@
+"""The command `fedpact`. Commands import what they need when they run, so that help costs nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from fedpact import __version__
+from fedpact.errors import FedPactError
+
+app = typer.Typer(
+    name="fedpact",
+    help="Align one language model across organisations that share neither their data nor their rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.")]
+RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a key of the run file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Terminated(BaseException):
+    """SIGTERM."""
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    algorithm: Annotated[str | None, typer.Option(help="Only this one of the demo's runs.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of data, adapters and sampling.")] = 0,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder; by default runs/demo, or the next free name.")] = None,
+) -> None:
+    """Train a tiny model across eight members with conflicting private rewards."""
+    from fedpact.cli import demo as command
+
+    command.demo(algorithm=algorithm, seed=seed, rounds=rounds, out=out)
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
+    """Write a run file and two client files to start from."""
+    from fedpact.cli import commands
+
+    commands.init(folder)
+
+
+@app.command()
+def check(run: RunFile, set_: Set = None) -> None:
+    """Validate every file, load every reward, and dry-run two prompts of each member. Writes nothing."""
+    from fedpact.cli import commands
+
+    commands.check(run, set_ or [])
+
+
+@app.command()
+def run(
+    run: RunFile,
+    out: Annotated[Path | None, typer.Option(help="A new folder; by default runs/NAME beside the run file.")] = None,
+    set_: Set = None,
+    transport: Annotated[str, typer.Option(help="local; flower is not in this version.")] = "local",
+) -> None:
+    """Run it. An existing folder is refused: `fedpact resume` goes on with it."""
+    from fedpact.cli import commands
+
+    commands.run(run, out, set_ or [], transport)
+
+
+@app.command()
+def resume(folder: RunDir) -> None:
+    """Go on with an interrupted run."""
+    from fedpact.cli import commands
+
+    commands.resume(folder)
+
+
+@app.command()
+def status(folder: RunDir, json: Json = False) -> None:
+    """Say how far a run is, and what it has measured last."""
+    from fedpact.cli import commands
+
+    commands.status(folder, as_json=json)
+
+
+@app.command()
+def evaluate(folder: RunDir, json: Json = False) -> None:
+    """Measure a run's last adapter on every member's held-out prompts."""
+    from fedpact.cli import commands
+
+    commands.evaluate(folder, as_json=json)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders; several are compared.")],
+    out: Annotated[Path | None, typer.Option(help="The page; by default report.html in the first folder.")] = None,
+) -> None:
+    """Write one self-contained page with tables and curves."""
+    from fedpact.cli import commands
+
+    commands.report(folders, out)
+
+
+@app.command()
+def algorithms(json: Json = False) -> None:
+    """List the algorithms."""
+    from fedpact.cli import listing
+
+    listing.algorithms(as_json=json)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do: device, versions, optional parts."""
+    from fedpact.cli import commands
+
+    commands.doctor()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: errors become one line and an exit code."""
+    os.umask(0o077)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except FedPactError as error:
+        _fail(" ".join(str(error).split()), error.exit_code)
+    except (KeyboardInterrupt, Terminated) as stop:
+        _fail("interrupted; what was committed is safe, and `fedpact resume` goes on from there", _stop_code(stop))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        _usage_or_bug(error)
+
+
+def _usage_or_bug(error: Exception) -> None:
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int) and hasattr(error, "format_message"):  # click's own errors, from whichever click
+        _fail(" ".join(str(error.format_message()).split()), code)
+    if type(error).__name__ == "Abort":
+        _fail("interrupted", 130)
+    with tempfile.NamedTemporaryFile("w", prefix="fedpact-", suffix=".log", delete=False) as log:
+        traceback.print_exc(file=log)
+    _fail(f"internal error ({type(error).__name__}: {str(error)[:120]}); the traceback is in {log.name}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"fedpact: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _stop_code(stop: BaseException) -> int:
+    return 143 if isinstance(stop, Terminated) else 130
+
+
+def _terminate(number: int, frame: FrameType | None) -> Any:
+    raise Terminated

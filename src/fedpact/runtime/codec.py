@@ -1,0 +1,1 @@
+from fedpact.edge.codec import decode, encode  # noqa: F401

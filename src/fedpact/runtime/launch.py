@@ -1,0 +1,118 @@
+"""From a run file, or a run folder, to a run that is ready to go."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpact.core.lora import initial_adapter
+from fedpact.errors import ConfigError, StoreError
+from fedpact.policy.model import peft_config, read_peft_adapter
+from fedpact.runtime.config import RunConfig
+from fedpact.runtime.contract import contract_hash, contract_of
+from fedpact.runtime.engines import Skeleton, skeleton
+from fedpact.runtime.run import Observer, Run, Start
+from fedpact.runtime.store import RunFolder
+from fedpact.runtime.toml import validated
+from fedpact.runtime.transport import Transport
+
+TransportMaker = Callable[[RunConfig, Path, Path, Skeleton], Transport]
+"""(configuration, folder of the run file, run folder, model) -> the members of this run."""
+
+
+def prepared(config: RunConfig, folder: Path, *, where: str) -> Start:
+    """The model and the first adapter of a run whose file lies in `folder`. Raises ConfigError."""
+    if config.simulation.num_threads is not None:
+        torch.set_num_threads(config.simulation.num_threads)
+    model = skeleton(config.policy, where=where, folder=folder)
+    if config.policy.adapter is None:
+        adapter = initial_adapter(model.layers, config.seed)
+    else:
+        adapter = read_peft_adapter(
+            folder / config.policy.adapter, list(model.layers), where=f"{where}: policy.adapter"
+        )
+    base = str(model.path) if (folder / config.policy.model).is_dir() else config.policy.model
+    return Start(model, adapter, peft_config(list(model.layers), config.policy.lora, base=base))
+
+
+def start(
+    config: RunConfig, folder: Path, out: Path, *, where: str, make: TransportMaker, observer: Observer, label: str = ""
+) -> None:
+    """A new run in `out`, to its end. Raises ConfigError if `out` exists; then nothing has been written."""
+    begin = prepared(config, folder, where=where)
+    with RunFolder.create(out) as store:
+        try:
+            run = Run(store, config, begin, make(config, folder, out, begin.model), observer)
+            clients = run.introduce()
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)  # there is no run yet
+            raise
+        store.write_run(
+            {
+                "schema": 1,
+                "name": run.name,
+                "label": label or str(config.algorithm.model_dump().get("name")),
+                "config": config.dump(),
+                "folder": str(folder.resolve()),
+                "contract": run.hash,
+                "model": {"path": str(begin.model.path), "sha256": begin.model.sha256},
+                "clients": client_digests(config, folder),
+                "members": {name: list(one.objectives) for name, one in clients.items()},
+                "versions": versions(),
+                "threads": torch.get_num_threads(),
+            }
+        )
+        run.go(clients)
+
+
+def resume(out: Path, *, make: TransportMaker, observer: Observer) -> None:
+    """Go on with the run in `out` from its last committed round; a finished one only writes its exports again.
+
+    Raises StoreError if the configuration, the model or a checkpoint is not what the run began with.
+    """
+    with RunFolder.open(out) as store:
+        record = store.read_run()
+        config, folder = recorded(record, out)
+        begin = prepared(config, folder, where=str(out / "run.json"))
+        if begin.model.sha256 != record["model"]["sha256"]:
+            raise StoreError(
+                f"{begin.model.path}: this base model hashes to {begin.model.sha256[:12]}, the run began with "
+                f"{record['model']['sha256'][:12]}; put that model back, or start a new run"
+            )
+        if contract_hash(contract_of(config, model=begin.model.sha256).canonical()) != record["contract"]:
+            raise StoreError(f"{out / 'run.json'}: the configuration has changed since the run began; put it back")
+        digests = client_digests(config, folder)
+        changed = sorted(
+            k for k in digests.keys() | record["clients"].keys() if digests.get(k) != record["clients"].get(k)
+        )
+        if changed:
+            raise StoreError(f"{folder / changed[0]}: this client file has changed since the run began; put it back")
+        run = Run(store, config, begin, make(config, folder, out, begin.model), observer)
+        run.go(run.introduce())
+
+
+def recorded(record: Mapping[str, Any], out: Path) -> tuple[RunConfig, Path]:
+    """The configuration in a run.json, and the folder of the run file. Raises StoreError."""
+    try:
+        return validated(RunConfig, record["config"], where=str(out / "run.json")), Path(record["folder"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise StoreError(f"{out / 'run.json'}: not understood ({error}); restore it from a copy") from error
+
+
+def client_digests(config: RunConfig, folder: Path) -> dict[str, str]:
+    """SHA-256 of every client file, by its path from the run file's folder."""
+    files: Iterable[Path] = sorted((folder / config.simulation.clients).glob("*.toml"))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def versions() -> dict[str, str]:
+    """What the promise of equal bytes depends on."""
+    packages = ("fedpact", "torch", "transformers", "peft", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
