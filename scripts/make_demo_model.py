@@ -1,6 +1,6 @@
 """Make the embedded demo's base model again, or check that it can be made: `make_demo_model.py [--check]`.
 
-`--check` trains into a temporary folder and compares hashes. Equal hashes are promised for the same machine and versions
+`--check` trains into a temporary folder and compares hashes, promised to be equal on the same machine and versions
 only; where they differ, both models are measured, and the check fails if a figure differs by more than TOLERANCE.
 """
 

@@ -160,7 +160,7 @@ def test_each_tag_that_stands_once_is_worth_a_quarter():
 
 
 def test_strict_tags_count_with_their_newlines():
-    # of the demo's tags none has its newlines; "\n</think>\n" and "\n<answer>\n" may share one
+    # "\n</think>\n" and "\n<answer>\n" may share the newline between them
     assert tag_count([LINES, DEMO, "<think>\na"], strict_newlines=True) == [1.0, 0.0, 0.25]
 
 

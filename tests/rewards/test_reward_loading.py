@@ -291,7 +291,7 @@ def test_an_async_reward_that_hangs_or_fails_is_named():
 
 def test_an_async_reward_that_blocks_the_loop_is_given_up_and_the_next_call_works():
     async def block(completions):
-        time.sleep(4)
+        time.sleep(8)
 
     async def fine(completions):
         return [1.0, 2.0]

@@ -237,6 +237,7 @@ def _together(rewards: Mapping[str, LoadedReward], calls: Mapping[str, Callable[
     return {name: answers.get(name, _NoAnswerError()) for name in rewards}
 
 
+@functools.cache
 def _event_loop(process: int) -> asyncio.AbstractEventLoop:
     """One for the life of the process, so that a reward can keep its connections from call to call."""
     loop = asyncio.new_event_loop()

@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
 MANIFEST = "MANIFEST"
 """Lists the SHA-256 of every other file of the folder, as `sha256sum` writes it."""
 
-STEPS = 1000
+STEPS = 850
 MAX_COMPLETION_LENGTH = 12
 """The longest completion of the corpus has 10 tokens."""
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_codec import JSON, Parcel, parcel
 
-from fedpact.edge.codec import decode, encode
 from fedpact.errors import InadmissibleError
 from fedpact.messages import Evaluated, Hello, Trained
+from fedpact.runtime.codec import decode, encode
 
 
 def blob(header: Any, arrays: Mapping[str, tuple[str, list[int], bytes]] | None = None) -> bytes:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedpact.edge.codec import decode, encode
 from fedpact.messages import REQUESTS, Evaluate, Evaluated, Train
+from fedpact.runtime.codec import decode, encode
 from fedpact.types import Message, Prompts
 
 
