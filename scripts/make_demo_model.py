@@ -1,7 +1,7 @@
 """Make the embedded demo's base model again, or check that it can be made: `make_demo_model.py [--check]`.
 
-`--check` trains into a temporary folder and compares hashes, promised to be equal on the same machine and versions
-only; where they differ, both models are measured, and the check fails if a figure differs by more than TOLERANCE.
+`--check` trains into a temporary folder and compares hashes. They are promised to be equal on the same machine with the
+same versions only; where they differ, both models are measured, and a figure that differs by more than TOLERANCE fails.
 """
 
 from __future__ import annotations

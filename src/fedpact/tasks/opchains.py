@@ -1,17 +1,19 @@
 """Op chains: the embedded task, small enough for a model of 84,000 parameters to learn on a laptop.
 
-A prompt names an operation and four digits; the answer folds the operation over them from the left. The chain of thought
-is the three running states, each one table look-up, where a direct answer must compose three: length against correctness
-is a real conflict here, not a scripted one.
+A prompt names an operation and four digits; the answer folds the operation over them from the left. The chain of
+thought is the three running states, each one table look-up, where a direct answer must compose three: length against
+correctness is a real conflict here, not a scripted one.
 
     prompt       add 5 0 3 3
     completion   <think> 5 8 1 </think> <answer> 1 </answer>
 
-Eight operations stand for the domains of eight members. They differ in difficulty: XXX
+Eight operations stand for the domains of eight members. They differ in difficulty: `max` is nearly known before any
+reinforcement learning; `sub` and `neg`, whose operands cannot be swapped, are the hard ones and stay below half sampled
+accuracy after it, where the other six end between .7 and 1 (one central GRPO run of 250 steps).
 
-Always giving an operation's most frequent answer is right for 10 % of the prompts of `add`, `sub`, `neg` and `flp`, 19 %
-of `dif`, 20 % of `avg`, 34 % of `max`, and 55 % of `mul`, where most products end in 0; `flp` always answers with its first
-digit or what that lacks to 9.
+Always giving an operation's most frequent answer is right for 10 % of the prompts of `add`, `sub`, `neg` and `flp`,
+19 % of `dif`, 20 % of `avg`, 34 % of `max`, and 55 % of `mul`, where most products end in 0. `flp` always answers with
+its first digit or nine minus it, so that guessing between the two is right half of the time.
 
 A prompt is held out if its CRC-32 is a multiple of 5; no training pool contains it. Held-out prompts are not foreign to
 the pool in any other way: `add 5 0 3 3` may be held out while `add 0 5 3 3` is trained on.
@@ -33,8 +35,6 @@ from fedpact.types import Message, Prompts, Text
 Digits = tuple[int, ...]
 
 NUM_DIGITS = 4
-HARD = "neg"
-"""The operation that reinforcement learning improves least."""
 
 _TABLES: Mapping[str, Callable[[int, int], int]] = {
     "add": lambda s, x: (s + x) % 10,

@@ -1,0 +1,183 @@
+"""A whole project on disk (run file, three members, a random model), and two ways to run `fedpact` on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from fedpact.cli.main import main
+
+REWARDS = '''\
+"""Rewards in the words w0 to w57, and some that misbehave."""
+
+import time
+from pathlib import Path
+
+
+def low(completions, **columns):
+    texts = [text.split() for text in completions]
+    return [sum(int(word[1:]) < 29 for word in words if word[0] == "w") / max(1, len(words)) for words in texts]
+
+
+def brief(completions, **columns):
+    return [-float(len(text.split())) for text in completions]
+
+
+def moody(completions, **columns):
+    """`low`, until somebody leaves a file named broken beside this one."""
+    if Path(__file__).with_name("broken").exists():
+        raise RuntimeError("the judge is away")
+    return low(completions)
+
+
+def short_list(completions, **columns):
+    return [1.0] * (len(completions) - 1)
+
+
+def not_a_number(completions, **columns):
+    return [float("nan")] * len(completions)
+
+
+def failing(completions, **columns):
+    raise ZeroDivisionError("one of\\ntwo lines")
+
+
+def hanging(completions, **columns):
+    time.sleep(5)
+    return [1.0] * len(completions)
+'''
+
+_RUN = """\
+seed = 7
+rounds = {rounds}
+
+[objectives]
+low = {{ primary = true }}
+brief = {{}}
+
+[policy]
+model = {model}
+lora = {{ r = 2, lora_alpha = 4 }}
+
+[rollout]
+num_generations = 3
+max_completion_length = 5
+
+[loss]
+loss_type = "grpo"
+
+[optimizer]
+learning_rate = 1e-2
+
+[training]
+prompts_per_step = 2
+
+[algorithm]
+name = "fedavg"
+local_steps = 2
+
+[federation]
+min_replies = 2
+
+[evaluation]
+every = 2
+
+[simulation]
+num_threads = 1
+"""
+
+_CLIENT = """\
+name = "{name}"
+task = "{task}"
+
+[prompts]
+path = "{name}.jsonl"
+heldout_share = 0.3
+
+[rewards.low]
+use = "rewards.py:{low}"
+
+[rewards.brief]
+use = "rewards.py:brief"
+{brief}
+"""
+
+MEMBERS = ("east", "north", "south")
+
+
+def write_project(folder: Path, *, model: Path, rounds: int = 3, low: str = "low") -> Path:
+    """run.toml and three members in `folder`; `low` is the reward function of east. Returns the run file's path."""
+    clients = folder / "clients"
+    clients.mkdir(parents=True)
+    (clients / "rewards.py").write_text(REWARDS)
+    for i, name in enumerate(MEMBERS):
+        brief = "audit = true" if name == "south" else ""  # south trains on one objective alone
+        reward = low if name == "east" else "low"
+        text = _CLIENT.format(name=name, task="odd" if name == "east" else "even", low=reward, brief=brief)
+        (clients / f"{name}.toml").write_text(text)
+        rows = [{"prompt": f"w{number} w{(number * 7 + i) % 58} w{i}"} for number in range(20)]
+        (clients / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "run.toml"
+    path.write_text(_RUN.format(model=json.dumps(str(model)), rounds=rounds))
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, by its path from there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """What two equal runs have in common, byte for byte: checkpoints, figures and exports."""
+    kept = ("rounds/", "final", "metrics.jsonl")
+    return {name: data for name, data in files(out).items() if name.startswith(kept)}
+
+
+def in_process(*arguments: str | Path) -> int:
+    """`fedpact` in this process; its exit code. Output goes to the test's own streams."""
+    umask, handler = os.umask(0), signal.getsignal(signal.SIGTERM)
+    os.umask(umask)
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    finally:
+        os.umask(umask)
+        signal.signal(signal.SIGTERM, handler)
+    return 0
+
+
+def in_subprocess(
+    *arguments: str | Path, before: Callable[[], None] | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m fedpact` with `environment` added to this one's; `before` runs in the child."""
+    command = [sys.executable, "-m", "fedpact", *map(str, arguments)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=settings, preexec_fn=before, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def model(model_folders: dict[str, Path]) -> Path:
+    """A random Llama of two layers, and a tokenizer of words."""
+    return model_folders["llama"]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, model: Path) -> Iterator[Path]:
+    """The run file of a project of one's own."""
+    return write_project(tmp_path / "project", model=model)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The folder of a finished run, to look at and never to change."""
+    path = write_project(tmp_path_factory.mktemp("finished"), model=model)
+    assert in_process("run", path) == 0
+    return path.parent / "runs" / "run"
