@@ -45,12 +45,14 @@ class RolloutSettings(Settings):
     max_prompt_length: PositiveInt | None = None
     """Tokens; a longer prompt loses its beginning. None: no limit."""
     temperature: PositiveFloat = 1.0
+    """Log-probs in sampler and trainer are those of the tempered distribution."""
 
 
 class LossSettings(Settings):
     """The policy-gradient loss."""
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"
+    """How token losses are added up, as in TRL; the whole batch counts as one, so that bnpo equals dapo."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """"sequence" with loss_type "grpo" is GSPO."""
     epsilon: NonNegativeFloat = 0.2
@@ -67,11 +69,17 @@ class OptimizerSettings(Settings):
     """The members' optimiser. Its moments are fresh in every round."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """torch's."""
     learning_rate: PositiveFloat = 1e-5
+    """Constant."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled for adamw."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
     adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
     max_grad_norm: PositiveFloat = 1.0
     """A longer direction is shortened to this norm before the step."""
 

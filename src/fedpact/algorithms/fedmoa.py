@@ -41,6 +41,7 @@ class FedMOA(Algorithm):
     by_accuracy: bool = True
     """Count a member's adapter by exp(accuracy / accuracy_temperature) among the members of its task."""
     accuracy_temperature: PositiveFloat = 0.1
+    """Small values leave the average to the most accurate."""
     task_share: float = Field(default=0.5, ge=0, le=1)
     """How much of its own task's adapter a member starts from, the rest being the global one. 0: global only."""
 

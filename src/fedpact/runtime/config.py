@@ -82,7 +82,9 @@ class RunConfig(Settings):
     """A run file."""
 
     seed: int = Field(default=0, ge=0)
+    """Of adapters, cohorts, prompts and sampling: the same seed gives the same bytes on the same machine."""
     rounds: PositiveInt
+    """How often the adapters are averaged."""
     objectives: dict[str, ObjectiveSettings] = Field(min_length=1)
     policy: PolicySettings
     algorithm: Algorithm
@@ -134,8 +136,11 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the frozen base; the adapter is float32."""
     micro_batch_tokens: PositiveInt = 16384
+    """Tokens in one forward and backward pass: what bounds the memory."""
     gradient_checkpointing: bool = False
+    """Recompute activations: less memory, about a third more time."""
     fused_decoder: bool = True
+    """Sample with the fused decoder where the model has the Llama layout; otherwise with transformers."""
 
 
 class PromptSettings(Settings):
@@ -155,7 +160,9 @@ class PromptSettings(Settings):
     as_chat: bool = False
     """Make a plain text the user's message of a chat."""
     split: str | None = None
+    """Of a `datasets` id."""
     limit: PositiveInt | None = None
+    """Read this many prompts at the most."""
 
 
 class RewardSettings(Settings):
@@ -164,7 +171,9 @@ class RewardSettings(Settings):
     use: str
     """`package.module:function`, or `file.py:function` beside the client file."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Its settings."""
     timeout_s: PositiveFloat = 60.0
+    """A call that takes longer fails."""
     audit: bool = False
     """Measure it when evaluating, never train on it."""
 
@@ -175,6 +184,7 @@ class SiteSettings(Settings):
     accept: str | None = None
     """The contract's hash. None: any contract (in a simulation only)."""
     verbs: tuple[str, ...] = ("hello", "train", "evaluate")
+    """Which requests are answered."""
     share: tuple[Literal["rewards", "accuracy", "metrics"], ...] | None = None
     """What may leave beside the adapter. None: rewards and accuracy; everything in a simulation."""
     min_samples: PositiveInt = 1
@@ -182,7 +192,9 @@ class SiteSettings(Settings):
     clip_norm: PositiveFloat | None = None
     """Shorten a larger change of the adapter to this norm."""
     max_weight: PositiveFloat | None = None
+    """Cap of what this member counts in an average."""
     max_local_steps: PositiveInt | None = None
+    """Ceiling, like the following ones."""
     max_completion_length: PositiveInt | None = None
     max_learning_rate: PositiveFloat | None = None
     max_rounds: PositiveInt | None = None
@@ -192,6 +204,7 @@ class ClientConfig(Settings):
     """A client file: a member's own, it never leaves."""
 
     name: str = Field(pattern=Name, max_length=64)
+    """Letters, digits, ".", "_" and "-"."""
     task: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$", max_length=64)
     """Members of one task have comparable accuracies."""
     model: ModelSettings = ModelSettings()
