@@ -68,7 +68,9 @@ def inner_model(annotation: Any) -> type[BaseModel] | None:
 
 def kind(annotation: Any) -> str:
     """A type as a reader would write it."""
-    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
     for noise in ("typing.", "fedpact.types."):
         text = text.replace(noise, "")
     if "Annotated" in text:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,16 @@ from fedpact.cli.main import main
 REWARDS = '''\
 """Rewards in the words w0 to w57, and some that misbehave."""
 
+import json
+import os
 import time
 from pathlib import Path
 
+HERE = Path(__file__).parent
+
 
 def low(completions, **columns):
+    stop_here()
     texts = [text.split() for text in completions]
     return [sum(int(word[1:]) < 29 for word in words if word[0] == "w") / max(1, len(words)) for words in texts]
 
@@ -31,10 +36,22 @@ def brief(completions, **columns):
 
 
 def moody(completions, **columns):
-    """`low`, until somebody leaves a file named broken beside this one."""
-    if Path(__file__).with_name("broken").exists():
+    flag = HERE / "moody"  # holds a path: this reward fails from when that exists
+    if flag.exists() and Path(flag.read_text()).exists():
         raise RuntimeError("the judge is away")
     return low(completions)
+
+
+def stop_here():
+    flag = HERE / "stop"  # [path, calls, signal]: send the signal in the calls-th call after that path exists
+    if flag.exists():
+        path, calls, number = json.loads(flag.read_text())
+        if not path or Path(path).exists():
+            if calls > 1:
+                flag.write_text(json.dumps([path, calls - 1, number]))
+            else:
+                flag.unlink()
+                os.kill(os.getpid(), number)
 
 
 def short_list(completions, **columns):
@@ -130,14 +147,22 @@ def write_project(folder: Path, *, model: Path, rounds: int = 3, low: str = "low
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by its path from there."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file below `folder`, by its path from there; compiled Python aside."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def results(out: Path) -> dict[str, bytes]:
     """What two equal runs have in common, byte for byte: checkpoints, figures and exports."""
     kept = ("rounds/", "final", "metrics.jsonl")
     return {name: data for name, data in files(out).items() if name.startswith(kept)}
+
+
+def stop_in_round(run_file: Path, round: int, *, calls: int, number: int) -> None:
+    """Makes the `calls`-th reward in that round of the run in runs/run send its process this signal."""
+    path = run_file.parent / "runs" / "run" / "rounds" / f"{round - 1:04d}"
+    flag = run_file.parent / "clients" / "stop"
+    flag.write_text(json.dumps([str(path), calls, number]))
 
 
 def in_process(*arguments: str | Path) -> int:
@@ -170,7 +195,7 @@ def model(model_folders: dict[str, Path]) -> Path:
 
 
 @pytest.fixture
-def run_file(tmp_path: Path, model: Path) -> Iterator[Path]:
+def run_file(tmp_path: Path, model: Path) -> Path:
     """The run file of a project of one's own."""
     return write_project(tmp_path / "project", model=model)
 

@@ -79,11 +79,11 @@ def status(out: Path, *, as_json: bool) -> None:
     latest = {key: record.series(key) for key in (f"heldout/{name}" for name in record.objectives)}
     figures = {key: points[-1][1] for key, points in latest.items() if points}
     if as_json:
-        about = {"name": record.name, "rounds_done": record.rounds_done, "rounds": record.rounds_planned}
+        about = {"name": record.name, "rounds_done": record.done, "rounds": record.rounds}
         print(json.dumps({**about, "finished": record.finished, "latest": figures}, indent=2))
         return
     state = "finished" if record.finished else f"unfinished; `fedpact resume {out}` goes on"
-    print(f"{record.name}: {record.label}, round {record.rounds_done} of {record.rounds_planned}, {state}")
+    print(f"{record.name}: {record.label}, round {record.done} of {record.rounds}, {state}")
     for key, value in figures.items():
         print(f"  {key}: {value:.3f}")
 

@@ -70,7 +70,9 @@ def model_hash(path: Path) -> str:
 def load_model(path: Path, *, where: str, dtype: Dtype = "float32", device: str = "cpu") -> BaseModel:
     """The model at `path`, frozen and in evaluation mode, and its tokenizer. Safetensors only; no remote code."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # progress is the run's own to show
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)

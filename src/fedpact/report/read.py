@@ -166,7 +166,9 @@ def summary_rows(records: Sequence[RunRecord], *, greedy: bool = False) -> list[
 def summary_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """`summary_rows` for a terminal: a header, and one row for each method."""
     header = ["method", *(f"{objective} start → end" for objective in all_objectives(records))]
-    table = [[name if r.finished else f"{name} ({r.state})"] for name, r in zip(method_names(records), records, strict=True)]
+    table = [
+        [name if r.finished else f"{name} ({r.state})"] for name, r in zip(method_names(records), records, strict=True)
+    ]
     for i, row in enumerate(summary_rows(records)):
         table[i % len(records)].append(f"{number(row['start'])} → {number(row['end'])}")
     return header, table
@@ -181,10 +183,10 @@ def disagreement(record: RunRecord) -> Series:
     by_round: dict[int, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for member in record.members:
         for objective, series in record.weights(member).items():
-            for number_, value in series:
-                by_round[number_][member][objective] = value
+            for turn, value in series:
+                by_round[turn][member][objective] = value
     result = []
-    for number_, members in sorted(by_round.items()):
+    for turn, members in sorted(by_round.items()):
         groups: dict[frozenset[str], list[dict[str, float]]] = defaultdict(list)
         for weights in members.values():
             groups[frozenset(weights)].append(weights)
@@ -195,7 +197,7 @@ def disagreement(record: RunRecord) -> Series:
             for _ in group
         ]
         if spreads:
-            result.append((number_, fmean(spreads)))
+            result.append((turn, fmean(spreads)))
     return result
 
 

@@ -6,20 +6,14 @@ after the star are settings, bound by `kwargs` in the member's file; the others 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
-import logging
 import math
-import os
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpact.errors import ConfigError
+from fedpact.rewards.verifier import verdict_on
 
 Completion = str | Sequence[Mapping[str, Any]]
 Rewards = list[float | None]
@@ -102,7 +96,7 @@ def math_correct(
 
     def reward(completion: Completion, gold: Any) -> float | None:
         said = tagged(text_of(completion), tag) or ""
-        verdicts = [_VERIFIER.ask(_boxed(text), _boxed(said) if tag else said, limit_s) for text in _accepted(gold)]
+        verdicts = [verdict_on(_boxed(text), _boxed(said) if tag else said, limit_s) for text in _accepted(gold)]
         return max((verdict for verdict in verdicts if verdict is not None), default=None)
 
     return [reward(completion, gold) for completion, gold in zip(completions, answer, strict=True)]
@@ -213,67 +207,3 @@ def _boxed(text: str) -> str:
     """`text` as math-verify finds it: without a delimiter of its own it would look for plain numbers only."""
     text = text.rpartition("####")[2].strip()
     return text if re.search(r"\$|\\boxed|\\\(|\\\[", text) else rf"\boxed{{{text}}}"
-
-
-class _Verifier:
-    """A child process that runs math-verify: a power tower holds the interpreter lock, and no thread could stop it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[str] | None = None
-        self._owner = 0
-
-    def ask(self, gold: str, said: str, limit_s: float) -> float | None:
-        """Whether the two are equal; None if `gold` is no mathematics; 0.0 if that took too long."""
-        with self._lock:
-            if self._child is None or self._owner != os.getpid():  # a fork must not share the pipes
-                self._child, self._owner = _start_child(), os.getpid()
-            timer = threading.Timer(limit_s, self._child.kill)
-            timer.start()
-            line = _exchange(self._child, json.dumps([gold, said]))
-            timer.cancel()
-            timer.join()  # so that a late kill is seen here, not by the next question
-            if not line or self._child.poll() is not None:
-                self._child.communicate()
-                self._child = None
-            return json.loads(line) if line else 0.0
-
-
-_VERIFIER = _Verifier()
-
-
-def _start_child() -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from fedpact.rewards.builtin import _answer_lines; _answer_lines()"]
-    pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-    if not _exchange(child, ""):  # imports before the first clock starts
-        raise ConfigError("math_correct could not start math-verify; see the error above, then check its installation")
-    return child
-
-
-def _exchange(child: subprocess.Popen[str], line: str) -> str:
-    assert child.stdin is not None and child.stdout is not None
-    try:
-        child.stdin.write(line + "\n")
-        child.stdin.flush()
-        return child.stdout.readline()
-    except OSError:
-        return ""
-
-
-def _answer_lines() -> None:
-    """The child's loop: after a first empty line, a JSON pair a line in, a verdict a line out."""
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    logging.disable()
-    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    print(sys.stdin.readline(), end="", flush=True)
-    for line in sys.stdin:
-        gold, said = json.loads(line)
-        verdict = None
-        with contextlib.suppress(Exception):
-            if expected := parse(gold, kinds, parsing_timeout=None):
-                verdict = 0.0
-                found = parse(said, kinds, extraction_mode="first_match", parsing_timeout=None)
-                verdict = float(verify(expected, found, timeout_seconds=None))
-        print(json.dumps(verdict), flush=True)

@@ -159,6 +159,8 @@ class PromptSettings(Settings):
     """A system message to put first."""
     as_chat: bool = False
     """Make a plain text the user's message of a chat."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """New name of a column to the one in the file, as in { answer = "solution" }."""
     split: str | None = None
     """Of a `datasets` id."""
     limit: PositiveInt | None = None

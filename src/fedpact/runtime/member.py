@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedpact.errors import ConfigError, RefusedError
+from fedpact.errors import ConfigError, DataError, RefusedError
 from fedpact.messages import Evaluate, Evaluated, Hello, Introduced, Reply, Request
 from fedpact.rewards.load import LoadedReward, load_reward
 from fedpact.runtime.client import ClientSide
@@ -185,16 +185,15 @@ class Member:
             "system": settings.system,
             "as_chat": settings.as_chat,
             "split": settings.split,
+            "rename": settings.rename,
         }
         prompts = load_prompts(settings.path, limit=settings.limit, where=f"{self.where}: prompts.path", **shared)
         if settings.heldout is not None:
             return prompts, load_prompts(settings.heldout, where=f"{self.where}: prompts.heldout", **shared)
-        train, heldout = split_heldout(prompts, settings.heldout_share, 0)
-        if not len(train) or not len(heldout):
-            raise ConfigError(
-                f"{self.where}: prompts.heldout_share: {settings.heldout_share} leaves {len(train)} prompts to train "
-                f"on and {len(heldout)} to hold out; expected some of both"
-            )
+        try:
+            train, heldout = split_heldout(prompts, settings.heldout_share, 0)
+        except DataError as error:
+            raise DataError(f"{self.where}: prompts.heldout_share: {error}") from error
         return train, heldout
 
     def _audit(self, name: str) -> bool:
@@ -203,9 +202,4 @@ class Member:
 
 def _loaded(name: str, reward: RewardSettings, *, where: str, folder: Path) -> LoadedReward:
     place = f"{where}: rewards.{name}"
-    return LoadedReward(
-        name=reward.use,
-        where=place,
-        function=load_reward(reward.use, reward.kwargs, where=place, folder=folder),
-        timeout_s=reward.timeout_s,
-    )
+    return load_reward(reward.use, reward.kwargs, where=place, folder=folder, timeout_s=reward.timeout_s)

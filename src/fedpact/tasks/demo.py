@@ -59,7 +59,7 @@ lora = {{ r = 8, lora_alpha = 16 }}
 
 [rollout]
 num_generations = 8
-max_completion_length = 14
+max_completion_length = 12
 
 [loss]
 loss_type = "grpo"
