@@ -75,7 +75,7 @@ def make_bench(size: str, device: str = "cpu") -> Bench:
 
 
 def random_model(shape: Size) -> Any:
-    """A Qwen 2 with random weights. Its end-of-sequence token lies outside the vocabulary: no completion ends early."""
+    """A frozen Qwen 2 with random weights."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=shape.vocabulary,
@@ -88,13 +88,16 @@ def random_model(shape: Size) -> Any:
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=None,
-        eos_token_id=shape.vocabulary,
+        eos_token_id=None,
     )
     return Qwen2ForCausalLM(config).to(shape.dtype).requires_grad_(False).eval()
 
 
 def make_policy(base: Any) -> LoraPolicy:
-    """FedPact's policy over `base`, with TRL's default loss."""
+    """FedPact's policy over `base`, with TRL's default loss.
+
+    The end-of-sequence token lies outside the vocabulary, so that no completion ends early: all token budgets are equal.
+    """
     vocabulary = int(base.config.vocab_size)
     policy = LoraPolicy(
         BaseModel(Path("random"), base, tokenizer(vocabulary), pad_id=0, eos_ids=(vocabulary,)),
@@ -121,7 +124,7 @@ def random_adapter(policy: LoraPolicy) -> Adapter:
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One word a token, and an end-of-sequence token that the model cannot emit."""
+    """One word a token, and an end-of-sequence token that the model cannot emit: its number is `vocabulary`."""
     words = ["<pad>", *(f"w{i}" for i in range(1, vocabulary)), "<eos>"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w1"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tests.conftest import tokenizer
 from torch import Tensor
 
 from fedpact.core.lora import adapter_shapes
@@ -14,6 +13,7 @@ from fedpact.policy.lora_policy import EngineOptions, LoraPolicy
 from fedpact.policy.model import Dtype, load_model, lora_layers
 from fedpact.settings import LoraSettings, LossSettings, OptimizerSettings, RolloutSettings
 from fedpact.types import Adapter, Prompts
+from tests.conftest import tokenizer
 
 LORA = LoraSettings(r=4, lora_alpha=8)
 PROMPTS = Prompts(

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.policy.helpers import PROMPTS, make_policy, random_adapter
 
 from fedpact.policy.llama import LlamaDecoder, supports
 from fedpact.policy.lora_policy import EngineOptions
 from fedpact.policy.sampling import inverse_cdf_sample, token_logprobs
 from fedpact.seeding import uniforms
 from fedpact.types import Prompts
+from tests.policy.helpers import PROMPTS, make_policy, random_adapter
 
 
 def test_inverse_cdf_picks_the_first_token_whose_sum_exceeds_u() -> None:

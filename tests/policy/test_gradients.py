@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.models.llama.modeling_llama as llama
-from tests.policy.helpers import PROMPTS, make_policy, random_adapter, random_advantages
 from torch import Tensor
 
 from fedpact.core.losses import GroupLoss
 from fedpact.policy.lora_policy import EngineOptions, LoraPolicy
 from fedpact.settings import LossSettings
 from fedpact.types import Rollout
+from tests.policy.helpers import PROMPTS, make_policy, random_adapter, random_advantages
 
 
 def separate_backwards(policy: LoraPolicy, rollout: Rollout, advantages: Tensor, current: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.policy.helpers import LORA, PROMPTS, make_policy, random_adapter, random_advantages
 
 from fedpact.core.lora import adapter_shapes, flatten, initial_adapter, unflatten
 from fedpact.errors import ConfigError
 from fedpact.policy.model import lora_layers, model_hash, resolve, skeleton_layers
 from fedpact.settings import LoraSettings, OptimizerSettings
+from tests.policy.helpers import LORA, PROMPTS, make_policy, random_adapter, random_advantages
 
 
 def test_flatten_and_unflatten_are_inverse(model_folders: dict[str, Path]) -> None:
