@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.models import GROUP_SIZE, LENGTH, Bench
+from benchmarks.models import LENGTH, Bench, prompts
 from benchmarks.timing import Clock, Ratio, interleaved
 
 
@@ -25,7 +25,7 @@ def measure(bench: Bench, *, rounds: int) -> tuple[dict[str, Ratio], dict[str, f
 def ours(bench: Bench, clock: Clock) -> None:
     """From texts to texts, with merging the adapter anew as every training step does."""
     bench.policy.bank.version += 1
-    rollout = bench.policy.generate(bench.rollout.prompts.select(range(0, len(bench.rollout.mask), GROUP_SIZE)), draw=1)
+    rollout = bench.policy.generate(prompts(), draw=1)
     assert rollout.mask.all(), "a completion ended early: the token budgets differ"
 
 

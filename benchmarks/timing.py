@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import math
 import os
 import platform
 import time
@@ -45,11 +44,12 @@ class Ratio:
 
 
 class Clock:
-    """Measures one run; `mark` says that what matters begins here."""
+    """Measures one run: from its making, or from `restart`, until `stop` or `lap`; `mark` begins the marked part."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self._start = self._mark = self.now()
+        self._end: float | None = None
 
     def now(self) -> float:
         if self.device == "cpu":
@@ -60,9 +60,15 @@ class Clock:
     def mark(self) -> None:
         self._mark = self.now()
 
+    def restart(self) -> None:
+        self._start = self._mark = self.now()
+
+    def stop(self) -> None:
+        self._end = self.now()
+
     def lap(self) -> Lap:
-        now = self.now()
-        return Lap(now - self._start, now - self._mark)
+        end = self.now() if self._end is None else self._end
+        return Lap(end - self._start, end - self._mark)
 
 
 @dataclass(slots=True)
@@ -78,9 +84,6 @@ class Timings:
         denominators = [getattr(lap, part) for lap in self.laps[below]]
         rounds = [a / b for a, b in zip(numerators, denominators, strict=True)]
         return Ratio(min(numerators) / min(denominators), min(rounds), max(rounds))
-
-    def best(self, name: str, *, part: Part = "whole") -> float:
-        return min(float(getattr(lap, part)) for lap in self.laps[name])
 
 
 def interleaved(candidates: Mapping[str, Callable[[Clock], None]], *, rounds: int, device: str) -> Timings:
@@ -103,22 +106,18 @@ def interleaved(candidates: Mapping[str, Callable[[Clock], None]], *, rounds: in
 
 def surroundings(device: str) -> dict[str, str]:
     """Where and when this is measured: without it a ratio says little."""
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": _processor() if device == "cpu" else torch.cuda.get_device_name(),
         "cores": f"{os.cpu_count()} seen, {torch.get_num_threads()} used",
-        "load": f"{load} (1, 5 and 15 minutes)",
+        "load": f"{os.getloadavg()[0]:.1f} before",
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
 
 
-def finite(ratio: Ratio) -> bool:
-    return all(math.isfinite(value) and value > 0 for value in (ratio.value, ratio.low, ratio.high))
-
-
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

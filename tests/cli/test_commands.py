@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedpact.algorithms import TABLE
-from tests.cli.conftest import MEMBERS, files, in_process, in_subprocess, results
+from tests.cli.conftest import MEMBERS, files, in_process, in_subprocess, results, stop_in_round
 from tests.conftest import tokenizer
 
 
@@ -67,7 +68,8 @@ def test_check_says_a_line_for_each_member_and_writes_nothing(run_file, monkeypa
     assert sorted(run_file.parent.rglob("*")) == before
     lines = capfd.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == list(MEMBERS)
-    assert lines[3] == f"{run_file}: ready; 3 members, an adapter of 2,624 parameters crosses the network"
+    # 2 layers of 4 x 2 (32 + 32) and 3 x 2 (32 + 48)
+    assert lines[3] == f"{run_file}: ready; 3 members, an adapter of 1,984 parameters crosses the network"
 
 
 def test_check_measures_the_audited_rewards_too(run_file, capfd):
@@ -117,11 +119,11 @@ def test_status_says_how_far_a_run_is(finished, capfd):
     assert about["latest"] == pytest.approx({"heldout/low": last["low"], "heldout/brief": last["brief"]})
 
 
-def test_status_names_resume_for_an_unfinished_run(finished, tmp_path, capfd):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    shutil.rmtree(out / "rounds" / "0003")
-    shutil.rmtree(out / "final")
+def test_status_names_resume_for_an_unfinished_run(run_file, capfd):
+    out = run_file.parent / "runs" / "run"
+    stop_in_round(run_file, 3, calls=1, number=signal.SIGTERM)
+    assert in_process("run", run_file) == 143
+    capfd.readouterr()
     assert in_process("status", out) == 0
     assert f"round 2 of 3, unfinished; `fedpact resume {out}` goes on" in capfd.readouterr().out
 

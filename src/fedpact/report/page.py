@@ -92,9 +92,10 @@ def size(count: int) -> str:
 
 
 def _lead(records: Sequence[RunRecord]) -> dict[str, Any] | None:
-    """The best end of the main objective; None while nothing has ended."""
+    """The best end of the main objective, of the finished runs if there are any; None before there is an end."""
     main = all_objectives(records)[:1]
     rows = [row for row in summary_rows(records) if row["objective"] in main and row["end"] is not None]
+    rows = [row for row in rows if row["finished"]] or rows
     return max(rows, key=lambda row: float(row["end"]), default=None)
 
 
@@ -105,7 +106,9 @@ def _tables(records: Sequence[RunRecord]) -> list[tuple[str, list[list[dict[str,
         rows = summary_rows(records, greedy=greedy)
         if not greedy or any(row["start"] is not None for row in rows):
             cells = [{**row, "change": change(row["start"], row["end"])} for row in rows]
-            tables.append((caption, [cells[i :: len(records)] for i in range(len(records))]))
+            by_method = [cells[i :: len(records)] for i in range(len(records))]
+            measured = [row for row in by_method if not greedy or any(cell["start"] is not None for cell in row)]
+            tables.append((caption, measured))
     return tables
 
 

@@ -64,6 +64,9 @@ def line_chart(
             tip = f"<title>{_clean(f'{name}, round {turn}: {number(value)}')}</title>"
             parts.append(f'<circle class="{colour(i)}" cx="{x(turn):.1f}" cy="{y(value):.1f}" r="2.6">{tip}</circle>')
         if labels:
+            if x(series[-1][0]) < right - 30:
+                leader = f"M{x(series[-1][0]):.1f} {y(series[-1][1]):.1f}L{right:.1f} {heights[i]:.1f}"
+                parts.append(f'<path class="leader {colour(i)}" d="{leader}"/>')
             parts.append(_text(short(name, 17), right + 4, heights[i] + 4, kind=f"name {colour(i)}"))
     return _svg(title, width, height, parts)
 

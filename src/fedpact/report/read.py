@@ -120,7 +120,7 @@ def read_run(folder: Path) -> RunRecord:
 def method_names(records: Sequence[RunRecord]) -> list[str]:
     """What to call each run beside the others: its label, and what it takes beyond that to tell them apart."""
     labels = Counter(record.label for record in records)
-    names = [r.label if labels[r.label] == 1 else f"{r.label} ({r.name})" for r in records]
+    names = [r.label if labels[r.label] == 1 or r.name == r.label else f"{r.label} ({r.name})" for r in records]
     repeated, seen = Counter(names), Counter[str]()
     for i, name in enumerate(names):
         if repeated[name] > 1:
@@ -140,13 +140,13 @@ def summary_rows(records: Sequence[RunRecord], *, greedy: bool = False) -> list[
     """Every method by every objective, held out, mean over members: `start`, `end`, and whether the end is the `best`.
 
     `start` is the first evaluation and `end` the last, None where there is none yet. Larger is better; equal ends
-    share the mark, and a single method gets none.
+    share the mark; an unfinished run gets none, and neither does one that has no other to beat.
     """
     rows = []
     for objective in all_objectives(records):
         found = [record.heldout(objective, greedy=greedy) for record in records]
         ends = [series[-1][1] if len(series) > 1 else None for series in found]
-        reached = [end for end in ends if end is not None]
+        reached = [end for end, record in zip(ends, records, strict=True) if end is not None and record.finished]
         for method, record, series, end in zip(method_names(records), records, found, ends, strict=True):
             rows.append(
                 {
@@ -157,7 +157,7 @@ def summary_rows(records: Sequence[RunRecord], *, greedy: bool = False) -> list[
                     "primary": objective == record.primary,
                     "start": series[0][1] if series else None,
                     "end": end,
-                    "best": end is not None and len(reached) > 1 and end == max(reached),
+                    "best": record.finished and len(reached) > 1 and end == max(reached),
                 }
             )
     return rows

@@ -30,7 +30,8 @@ def validated(model: type[M], data: Any, *, where: str = "", prefix: str = "") -
     except ConfigError as error:
         raise ConfigError(": ".join(filter(None, [where, str(error)]))) from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])  # a typo explains the rest
         location = ".".join(filter(None, [prefix, *map(str, first["loc"])]))
         if first["type"] == "extra_forbidden":
             text = f"unknown key; valid keys: {', '.join(_valid_keys(model, first['loc'][:-1]))}"

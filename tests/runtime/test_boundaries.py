@@ -1,0 +1,205 @@
+"""The gate on the member's side, admission on the server's, and the envelope between them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fedpact.errors import InadmissibleError, RefusedError
+from fedpact.messages import Evaluate, Evaluated, Train, Trained
+from fedpact.runtime.admission import Limits, admit
+from fedpact.runtime.codec import encode
+from fedpact.runtime.config import RunConfig, SiteSettings
+from fedpact.runtime.contract import contract_hash, contract_of
+from fedpact.runtime.envelope import Envelope, unwrap, wrap
+from fedpact.runtime.gate import Gate
+
+A = "base_model.model.x.lora_A.weight"
+B = "base_model.model.x.lora_B.weight"
+LIMITS = Limits({A: (2, 3), B: (3, 2)}, num_objectives=2)
+SENT = {A: torch.zeros(2, 3), B: torch.zeros(3, 2)}
+NAN = float("nan")
+
+
+def reply(**changes: Any) -> Trained:
+    good = Trained(
+        weight=4.0,
+        adapter={A: torch.ones(2, 3), B: torch.ones(3, 2)},
+        rewards=torch.tensor([0.5, NAN]),
+        accuracy=0.5,
+        metrics={"weight/correct": 0.123456},
+    )
+    return replace(good, **changes)
+
+
+def gate(*, simulation: bool = False, **site: Any) -> Gate:
+    return Gate(SiteSettings(**site), where="north.toml", simulation=simulation)
+
+
+def canonical(**changes: Any) -> str:
+    config = {
+        "rounds": 3,
+        "objectives": {"correct": {}},
+        "policy": {"model": "m"},
+        "algorithm": {"name": "firm"},
+        **changes,
+    }
+    return contract_of(RunConfig.model_validate(config), model="hash").canonical()
+
+
+def test_a_sound_reply_is_admitted() -> None:
+    admit(reply(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": {A: torch.ones(2, 3)}}, "lora_B.weight' is missing"),
+        ({"adapter": {**reply().adapter, "private/x": torch.ones(1)}}, "'private/x' is unexpected"),
+        ({"adapter": {A: torch.ones(3, 2), B: torch.ones(3, 2)}}, r"found \(3, 2\) .* expected \(2, 3\)"),
+        ({"adapter": {A: torch.ones(2, 3).double(), B: torch.ones(3, 2)}}, "float64"),
+        ({"adapter": {A: torch.full((2, 3), NAN), B: torch.ones(3, 2)}}, "6 of 6 entries are not finite"),
+        ({"adapter": {A: torch.full((2, 3), torch.inf), B: torch.ones(3, 2)}}, "not finite"),
+        ({"weight": -1.0}, "weight: found -1.0"),
+        ({"weight": NAN}, "weight: found nan"),
+        ({"weight": 1e12}, "weight: found 1000000000000.0"),
+        ({"rewards": torch.zeros(3)}, "rewards: found"),
+        ({"rewards": torch.tensor([torch.inf, 0.0])}, "rewards: 1 of 2 entries are not finite"),
+        ({"accuracy": NAN}, "accuracy: found nan"),
+    ],
+)
+def test_a_bad_reply_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InadmissibleError, match=message):
+        admit(reply(**changes), LIMITS)
+
+
+def test_between_sites_nothing_leaves_but_adapter_rewards_and_accuracy() -> None:
+    left = gate().leave(Train(SENT), reply())
+    assert isinstance(left, Trained)
+    assert left.metrics == {}
+    assert left.accuracy == 0.5
+    left = gate(share=()).leave(Train(SENT), reply())
+    assert isinstance(left, Trained)
+    assert left.accuracy is None
+    assert bool(left.rewards.isnan().all())
+
+
+def test_shared_metrics_are_rounded_between_sites_and_whole_in_a_simulation() -> None:
+    shared = gate(share=("metrics",)).leave(Train(SENT), reply())
+    whole = gate(simulation=True).leave(Train(SENT), reply())
+    assert isinstance(shared, Trained) and isinstance(whole, Trained)
+    assert shared.metrics == {"weight/correct": 0.123}
+    assert whole.metrics == {"weight/correct": 0.123456}
+
+
+def test_private_tensors_never_leave_whatever_the_algorithm_returns() -> None:
+    left = gate(simulation=True).leave(Train(SENT), reply(adapter={**reply().adapter, "private/x": torch.ones(1)}))
+    assert isinstance(left, Trained)
+    assert sorted(left.adapter) == [A, B]
+
+
+def test_a_change_that_is_too_large_is_shortened() -> None:
+    left = gate(clip_norm=1.0).leave(Train(SENT), reply())
+    assert isinstance(left, Trained)
+    total = torch.cat([tensor.flatten() for tensor in left.adapter.values()])
+    torch.testing.assert_close(total.norm(), torch.tensor(1.0))  # was sqrt(12)
+    torch.testing.assert_close(total, torch.full((12,), 12**-0.5))
+
+
+def test_figures_of_few_completions_are_withheld() -> None:
+    few = Evaluated(weight=3.0, rewards=torch.zeros(2), counts=torch.tensor([3, 0]), accuracy=0.0)
+    gate(min_samples=3).leave(Evaluate(SENT), few)
+    with pytest.raises(RefusedError, match=r"site.min_samples: figures rest on 3 completions, expected 4"):
+        gate(min_samples=4).leave(Evaluate(SENT), few)
+
+
+def test_a_members_weight_is_capped_by_its_gate() -> None:
+    assert gate(max_weight=2.0).leave(Train(SENT), reply()).weight == 2.0  # type: ignore[attr-defined]
+
+
+def test_a_site_accepts_the_pinned_contract_only() -> None:
+    text = canonical()
+    assert gate(accept=contract_hash(text)).accept(text).rounds == 3
+    with pytest.raises(RefusedError, match=r"site\.accept"):
+        gate(accept=contract_hash(text)).accept(canonical(rounds=4))
+    with pytest.raises(RefusedError, match="no contract accepted"):
+        gate().accept(text)
+    assert gate(simulation=True).accept(text).rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "contract", "message"),
+    [
+        ({"max_rounds": 2}, {}, "site.max_rounds: the run asks for 3, allowed are 2"),
+        ({"max_local_steps": 1}, {}, "site.max_local_steps: the run asks for 4, allowed are 1"),
+        ({"max_completion_length": 9}, {}, "site.max_completion_length: the run asks for 256"),
+        ({"max_learning_rate": 1e-6}, {}, "site.max_learning_rate: the run asks for 1e-05"),
+    ],
+)
+def test_a_ceiling_refuses_and_names_itself(ceiling: dict[str, Any], contract: dict[str, Any], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        gate(simulation=True, **ceiling).accept(canonical(**contract))
+
+
+def test_a_contract_with_an_unknown_algorithm_is_refused() -> None:
+    with pytest.raises(RefusedError, match="contract not understood"):
+        gate(simulation=True).accept(canonical().replace('"firm"', '"unknown"'))
+
+
+def test_a_verb_or_a_contract_that_was_not_chosen_does_not_enter() -> None:
+    with pytest.raises(RefusedError, match=r"site\.verbs: 'train' is not allowed"):
+        gate(verbs=("hello",)).enter("train", "c", "c")
+    with pytest.raises(RefusedError, match="request under contract"):
+        gate().enter("train", "other", "c")
+    gate().enter("train", "c", "c")
+
+
+def envelope(**changes: Any) -> Envelope:
+    base = Envelope(
+        run="r",
+        contract="c",
+        round=1,
+        exchange=0,
+        attempt=0,
+        since=None,
+        nonce="n",
+        verb="train",
+        request=encode(Train(SENT)),
+    )
+    return replace(base, **changes)
+
+
+def test_a_reply_comes_back_as_it_was() -> None:
+    back = unwrap(envelope(), wrap(envelope(), encode(reply())))
+    assert isinstance(back, Trained)
+    assert torch.equal(back.adapter[A], reply().adapter[A])
+    assert back.metrics == reply().metrics
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"run": "x"}, {"contract": "x"}, {"round": 2}, {"exchange": 1}, {"nonce": "x"}],
+    ids=lambda c: next(iter(c)),
+)
+def test_a_reply_to_another_envelope_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(InadmissibleError, match=next(iter(changes))):
+        unwrap(envelope(), wrap(envelope(**changes), encode(reply())))
+
+
+def test_a_reply_to_another_request_in_the_same_place_is_refused() -> None:
+    other = envelope(request=encode(Train(reply().adapter)))
+    with pytest.raises(InadmissibleError, match="answers another request"):
+        unwrap(envelope(), wrap(other, encode(reply())))
+
+
+def test_a_second_attempt_asks_the_same() -> None:
+    assert envelope().digest() == envelope(attempt=1, nonce="m").digest()
+    assert envelope().digest() != envelope(since=(0, 0)).digest()
+
+
+def test_an_unknown_verb_is_refused() -> None:
+    with pytest.raises(InadmissibleError, match="unknown verb 'obey'"):
+        envelope(verb="obey").open()
