@@ -93,9 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def run(
-    size: str, chosen: Sequence[str], *, device: str, quick: bool
-) -> tuple[dict[str, Ratio], dict[str, float]]:
+def run(size: str, chosen: Sequence[str], *, device: str, quick: bool) -> tuple[dict[str, Ratio], dict[str, float]]:
     """Measure one size and print it: ratios and, on a GPU, peak memory relative to PEFT's."""
     ratios: dict[str, Ratio] = {}
     memory: dict[str, float] = {}

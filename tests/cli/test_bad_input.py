@@ -70,7 +70,7 @@ def test_an_unknown_key_of_an_algorithm_is_named(run_file, capfd):
     ("missing", "expected"),
     [
         ("run.toml", "run.toml: no such file"),
-        ("clients/north.jsonl", "clients/north.toml: no file"),
+        ("clients/north.jsonl", "clients/north.toml: prompts.path: no file"),
         ("clients/rewards.py", "clients/east.toml: rewards.low.use: no file"),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path, capfd, command):
 def test_a_tampered_checkpoint_is_refused_by_name(done, capfd, name):
     path = done / "rounds" / "0001" / name
     data = bytearray(path.read_bytes())
-    data[-3] ^= 1
+    data[len(data) // 2] ^= 1
     path.write_bytes(data)
     before = results(done)
     code, line = refusal(capfd, "resume", done)
@@ -263,10 +263,10 @@ def test_a_changed_configuration_is_refused_on_resume(done, capfd, keys, value):
         place = place[key]
     place[keys[-1]] = value
     path.write_text(json.dumps(record))
-    before = files(done)
+    before = results(done)
     code, line = refusal(capfd, "resume", done)
     assert (code, line) == (4, f"{path}: the configuration has changed since the run began; put it back")
-    assert results(done) == {name: data for name, data in before.items() if name in results(done)}
+    assert results(done) == before
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": {}}', '{"config": 3, "folder": "."}', "\0"])
@@ -275,7 +275,7 @@ def test_a_run_json_that_is_none_is_named(done, capfd, command, text):
     (done / "run.json").write_text(text)
     before = results(done)
     code, line = refusal(capfd, command, done)
-    assert code == 4 and line.startswith(f"{done / 'run.json'}: ") and line.endswith("restore it from a copy")
+    assert code == 4 and line.startswith(f"{done / 'run.json'}: ") and "; restore " in line
     assert results(done) == before
 
 

@@ -189,7 +189,7 @@ def _settings(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         column["policy.model.sha256"] = str(_part(record, "model").get("sha256", "–"))[:16]
         column["members"] = ", ".join(record.members)
         columns.append(column)
-    keys = dict.fromkeys(key for column in columns for key in column)
+    keys = sorted({key for column in columns for key in column})
     return [(key, [column.get(key, "–") for column in columns]) for key in keys]
 
 
