@@ -60,7 +60,7 @@ TARGETS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 1 if the guard is broken."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under 2 minutes on one core")
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 11: under 2 minutes on one core")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures there")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: gradients and decode only")
     parser.add_argument("--size", choices=tuple(SIZES), action="append", help="may be repeated (default: nano, tiny)")
@@ -97,11 +97,11 @@ def run(size: str, chosen: Sequence[str], *, device: str, quick: bool) -> tuple[
     """Measure one size and print it: ratios and, on a GPU, peak memory relative to PEFT's."""
     ratios: dict[str, Ratio] = {}
     memory: dict[str, float] = {}
-    rounds = 2 if quick else 10
+    rounds = 3 if quick else 11
     if chosen != ["step"]:
         bench = make_bench(size, device)
         if "gradients" in chosen:
-            found, peaks = gradients.measure(bench, rounds=rounds, torchjd_rounds=1 if quick else 4)
+            found, peaks = gradients.measure(bench, rounds=rounds, torchjd_rounds=1 if quick else 5)
             ratios |= found
             memory |= {f"gradients, {name}": peak for name, peak in peaks.items()}
         if "decode" in chosen:

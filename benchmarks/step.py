@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.models import (
@@ -60,9 +60,10 @@ def measure(size: str, *, rounds: int) -> dict[str, Ratio]:
     policy = make_policy(random_model(SIZES[size]))
     policy.load(initial_adapter(policy.bank.layers, seed=0))
     with TemporaryDirectory() as folder:
-        trainer = make_trainer(size, folder, steps=rounds + 1)
+        trainer = make_trainer(size, folder, steps=rounds)
         turns = _Turns(policy, trainer)
         trainer.add_callback(turns)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     ratios = {f"TRL step / our step, M={FEW}": turns.timings.ratio("trl", f"ours M={FEW}")}
     turns.timings.laps["trl M=8"] = [
@@ -122,7 +123,7 @@ def peft_backward(model: Any, rollout: Rollout, clock: Clock) -> None:
 
 
 class _Turns(TrainerCallback):  # type: ignore[misc]
-    """Times TRL's step from end to end, and between two of them ours. The first round does not count."""
+    """Times TRL's step from end to end, and between two of them ours. The first step warms up and does not count."""
 
     def __init__(self, policy: LoraPolicy, trainer: GRPOTrainer) -> None:
         self.policy, self.trainer = policy, trainer

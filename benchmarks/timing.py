@@ -87,9 +87,9 @@ class Timings:
 
 
 def interleaved(candidates: Mapping[str, Callable[[Clock], None]], *, rounds: int, device: str) -> Timings:
-    """Run every candidate once a round, after one warm-up run each that does not count."""
+    """Run every candidate once a round. The first of several rounds warms up and does not count."""
     timings = Timings(laps={name: [] for name in candidates})
-    for round in range(rounds + 1):
+    for round in range(rounds):
         for name, run in candidates.items():
             gc.collect()
             if device != "cpu":
@@ -97,7 +97,7 @@ def interleaved(candidates: Mapping[str, Callable[[Clock], None]], *, rounds: in
             clock = Clock(device)
             run(clock)
             lap = clock.lap()
-            if round > 0:
+            if round > 0 or rounds == 1:
                 timings.laps[name].append(lap)
             if device != "cpu":
                 timings.peak_bytes[name] = torch.cuda.max_memory_allocated()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -82,7 +83,7 @@ def test_an_empty_series_keeps_its_colour_free():
 def test_labels_of_lines_that_end_together_do_not_overlap():
     root = parsed(line_chart([(f"run {i}", [(0, 0.0), (1, 1.0)]) for i in range(5)], title="t"))
     heights = sorted(float(node.get("y", "")) for node in root.iter(f"{SVG}text") if "name" in node.get("class", ""))
-    assert all(below - above >= 12.9 for above, below in zip(heights, heights[1:], strict=False))
+    assert all(below - above >= 12.9 for above, below in pairwise(heights))
 
 
 def test_bars_are_as_long_as_their_values():

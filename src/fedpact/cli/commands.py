@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,7 +41,7 @@ def check(path: Path, overrides: Sequence[str]) -> None:
     """Everything that `run` would need, and a dry run of each member."""
     config = load_run(path, overrides)
     begin = launch.prepared(config, path.parent, where=str(path))
-    scratch = Path(_temporary())
+    scratch = Path(tempfile.mkdtemp(prefix="fedpact-"))
     try:
         clients = path.parent / config.simulation.clients
         members = local_members(clients, home=scratch, model=begin.model.path, engines=Engines())
@@ -59,7 +59,7 @@ def run(path: Path, out: Path | None, overrides: Sequence[str], transport: str) 
         raise ConfigError(f"--transport {transport}: not in this version; expected local")
     config = load_run(path, overrides)
     out = out or path.parent / "runs" / path.stem
-    progress = Progress(config.rounds, primary=_primary(config.objectives))
+    progress = Progress(config.rounds)
     launch.start(config, path.parent, out, where=str(path), make=local_transport, observer=progress)
     _finish(out)
 
@@ -68,7 +68,7 @@ def resume(out: Path) -> None:
     """Go on with a run."""
     record = RunFolder(out).read_run()
     config, _ = launch.recorded(record, out)
-    progress = Progress(config.rounds, primary=_primary(config.objectives))
+    progress = Progress(config.rounds)
     launch.resume(out, make=local_transport, observer=progress)
     _finish(out)
 
@@ -97,7 +97,7 @@ def evaluate(out: Path, *, as_json: bool) -> None:
         raise StoreError(f"{out}: no round is committed yet; `fedpact resume {out}`")
     begin = launch.prepared(config, folder, where=str(out / "run.json"))
     adapter = store.load(latest).adapter
-    scratch = Path(_temporary())
+    scratch = Path(tempfile.mkdtemp(prefix="fedpact-"))
     results: dict[str, dict[str, float]] = {}
     try:
         clients = folder / config.simulation.clients
@@ -143,13 +143,3 @@ def doctor() -> None:
 def _finish(out: Path) -> None:
     page = write_report([out], out / "report.html", title=out.name)
     print(f"adapter: {out / 'final'}\nreport: {page}")
-
-
-def _primary(objectives: Mapping[str, Any]) -> str:
-    return next((name for name, objective in objectives.items() if objective.primary), next(iter(objectives)))
-
-
-def _temporary() -> str:
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="fedpact-")

@@ -32,7 +32,7 @@ def demo(*, algorithm: str | None, seed: int, rounds: int | None, out: Path | No
     done = []
     for name in [algorithm] if algorithm else METHODS:
         config = load_run(path, METHODS[name])
-        progress = Progress(config.rounds, primary="correct", label=f"{LABELS[name]:<15}")
+        progress = Progress(config.rounds, label=f"{LABELS[name]:<15}")
         run = folder / "runs" / name
         launch.start(config, folder, run, where=str(path), make=local_transport, observer=progress, label=LABELS[name])
         write_report([run], run / "report.html", title=LABELS[name])

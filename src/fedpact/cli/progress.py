@@ -11,22 +11,17 @@ from fedpact.types import ClientId
 
 
 class Progress:
-    """Prints each committed round. `primary` is the objective whose held-out mean comes first."""
+    """Prints each committed round: held-out means where it was evaluated, else training means over the members."""
 
-    def __init__(self, rounds: int, *, primary: str, label: str = "") -> None:
-        self.rounds, self.primary, self.label = rounds, primary, label
+    def __init__(self, rounds: int, *, label: str = "") -> None:
+        self.rounds, self.label = rounds, label
         self.began = time.monotonic()
 
     def round_done(self, round: int, metrics: Sequence[Mapping[str, Any]]) -> None:
         """`runtime.run.Observer`."""
-        heldout = {m["key"]: m["value"] for m in metrics if m["who"] == "all" and m["key"].startswith("heldout/")}
-        training = [m["value"] for m in metrics if m["key"] == f"train/reward/{self.primary}"]
-        parts = [
-            f"{key.removeprefix('heldout/')} {value:.3f}" for key, value in heldout.items() if "accuracy" not in key
-        ]
-        text = "held out: " + ", ".join(parts) if parts else ""
-        if not parts and training:
-            text = f"training: {self.primary} {sum(training) / len(training):.3f}"
+        heldout = [m for m in metrics if m["who"] == "all" and m["key"].startswith("heldout/")]
+        training = [m for m in metrics if m["key"].startswith("train/reward/")]
+        text = "held out: " + _means(heldout) if heldout else "training: " + _means(training)
         prefix = f"{self.label}  " if self.label else ""
         seconds = time.monotonic() - self.began
         print(f"{prefix}round {round:>3}/{self.rounds}  {seconds:6.1f} s  {text}", flush=True)
@@ -34,3 +29,11 @@ class Progress:
     def dropped(self, client: ClientId, reason: str) -> None:
         """`runtime.run.Observer`."""
         print(f"dropped {client}: {reason}", file=sys.stderr, flush=True)
+
+
+def _means(metrics: Sequence[Mapping[str, Any]]) -> str:
+    values: dict[str, list[float]] = {}
+    for metric in metrics:
+        values.setdefault(metric["key"].rpartition("/")[2], []).append(metric["value"])
+    values.pop("accuracy", None)  # the primary objective's mean under another name
+    return ", ".join(f"{name} {sum(found) / len(found):.3f}" for name, found in values.items())

@@ -72,15 +72,19 @@ class Run:
             )
             for client in self.transport.clients()
         }
+        for client, envelope in envelopes.items():
+            self._note(envelope, client, "asked")
         sent = {client: encode(envelope) for client, envelope in envelopes.items()}
         introduced: dict[ClientId, Introduced] = {}
         for client, answer in self.transport.exchange(sent, timeout_s=self.config.federation.timeout_s):
             if isinstance(answer, Failure):
+                self._note(envelopes[client], client, "failed")
                 self.observer.dropped(client, answer.reason)
                 continue
             reply = unwrap(envelopes[client], answer)
             admit(reply, self.limits)
             assert isinstance(reply, Introduced)
+            self._note(envelopes[client], client, "admitted")
             introduced[client] = reply
         if len(introduced) < self.config.federation.min_replies:
             raise TooFewRepliesError(
@@ -141,6 +145,10 @@ class Run:
         self.since = one.since
         self.observer.round_done(number, one.metrics)
         return adapter
+
+    def _note(self, envelope: Envelope, client: ClientId, decision: str) -> None:
+        what = {"verb": envelope.verb, "contract": self.hash, "request": envelope.digest(), "decision": decision}
+        self.ledger.append(run=self.name, round=0, peer=client, **what)
 
     def _cohort(self, number: int, names: list[ClientId]) -> list[ClientId]:
         size = max(1, math.ceil(self.config.federation.participation * len(names)))

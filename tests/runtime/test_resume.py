@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedpact.algorithms import TABLE, algorithm_class
+from tests.cli.conftest import files, in_process, in_subprocess, model, results, run_file, stop_in_round, write_project
+
+__all__ = ["model", "run_file"]
+
+
+def out_of(run_file: Path) -> Path:
+    return run_file.parent / "runs" / "run"
+
+
+def settings(algorithm: str, participation: float = 1.0) -> list[str]:
+    """The `--set` options of a run with this algorithm."""
+    steps = ", local_steps = 2" if "local_steps" in algorithm_class(algorithm).model_fields else ""
+    chosen = f'algorithm={{ name = "{algorithm}"{steps} }}'
+    few = [] if participation == 1 else ["--set", "federation.min_replies=1"]
+    return ["--set", chosen, "--set", f"federation.participation={participation}", *few]
+
+
+def unbroken(run_file: Path, *options: str) -> dict[str, bytes]:
+    """What the run of this file comes to, in a folder aside and under the same name."""
+    out = run_file.parent / "unbroken" / "run"
+    assert in_process("run", run_file, "--out", out, *options) == 0
+    return results(out)
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.5])
+@pytest.mark.parametrize("algorithm", TABLE)
+def test_a_resumed_run_ends_where_an_unbroken_one_does(run_file, algorithm, participation):
+    options = settings(algorithm, participation)
+    expected = unbroken(run_file, *options)
+    # the fourth reward of a round is asked for by its second member: one reply is in the spool
+    stop_in_round(run_file, 2, calls=4, number=signal.SIGTERM)
+    assert in_process("run", run_file, *options) == 143
+    assert not (out_of(run_file) / "final").exists()
+    assert in_process("resume", out_of(run_file)) == 0
+    assert results(out_of(run_file)) == expected
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(run_file):
+    first = unbroken(run_file)
+    assert in_process("run", run_file) == 0
+    assert results(out_of(run_file)) == first
+    other = run_file.parent / "other" / "run"
+    assert in_process("run", run_file, "--out", other, "--set", "seed=8") == 0
+    adapter = "final/adapter_model.safetensors"
+    assert files(other)[adapter] != first[adapter]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_in_one_line_and_it_can_be_resumed(run_file, number, code):
+    expected = unbroken(run_file)
+    stop_in_round(run_file, 2, calls=3, number=number)
+    stopped = in_subprocess("run", run_file)
+    assert (stopped.returncode, stopped.stderr) == (
+        code,
+        "fedpact: interrupted; what was committed is safe, and `fedpact resume` goes on from there\n",
+    )
+    assert in_process("resume", out_of(run_file)) == 0
+    assert results(out_of(run_file)) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_was_stopped_before_it_began_can_be_run_again(run_file, number):
+    expected = unbroken(run_file)
+    (run_file.parent / "clients" / "stop").write_text(json.dumps(["", 2, number]))  # in the dry run of the members
+    stopped = in_subprocess("run", run_file)
+    assert stopped.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert not (out_of(run_file) / "run.json").exists()
+    assert in_process("run", run_file) == 0
+    assert results(out_of(run_file)) == expected
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from fedpact.cli import commands  # the children are forked, with everything loaded
+from fedpact.cli.main import main
+torch.set_num_threads(1)
+run_file, out, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+
+
+def begin(out):
+    began = (out / "run.json").exists()
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        main(["resume", str(out)] if began else ["run", str(run_file), "--out", str(out)])
+        os._exit(0)
+    return child
+
+
+began = time.monotonic()
+assert os.waitpid(begin(out.parent.parent / "unbroken" / "run"), 0)[1] == 0
+whole = time.monotonic() - began
+draw = random.Random(seed)
+for _ in range(5):
+    child = begin(out)
+    time.sleep(draw.uniform(0.05, 0.3) * whole)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    done = sorted((out / "rounds").glob("[0-9][0-9][0-9][0-9]"))
+    print("killed" if os.WIFSIGNALED(status) else f"ended {status}", done[-1].name if done else "none", flush=True)
+assert os.waitpid(begin(out), 0)[1] == 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedmoa"])
+def test_a_run_that_is_killed_at_five_random_moments_ends_with_the_same_bytes(tmp_path, model, algorithm):
+    run_file = write_project(tmp_path, model=model, rounds=12)
+    text = run_file.read_text().replace('name = "fedavg"', f'name = "{algorithm}"')
+    run_file.write_text(text)
+    command = [sys.executable, "-c", KILLED, run_file, out_of(run_file), "7"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    moments = done.stdout.splitlines()
+    assert [moment.split()[0] for moment in moments].count("killed") >= 4, moments
+    assert len({moment.split()[1] for moment in moments}) >= 2, moments
+    assert results(out_of(run_file)) == results(tmp_path / "unbroken" / "run")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_runs_leaves_a_run_to_resume(run_file):
+    expected = unbroken(run_file, "--set", "rounds=30")
+    out = out_of(run_file)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedpact", "run", run_file, "--set", "rounds=30"],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "rounds" / "0002").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    assert not (out / "final").exists()
+    resumed = in_subprocess("resume", out)
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert results(out) == expected
+
+
+# --- members that fail ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moody(tmp_path: Path, model: Path) -> Path:
+    """The run file of a project of four rounds whose member east fails from round 2 on."""
+    path = write_project(tmp_path / "project", model=model, rounds=4, low="moody")
+    (path.parent / "clients" / "moody").write_text(str(out_of(path) / "rounds" / "0001"))
+    return path
+
+
+def test_a_member_that_begins_to_fail_is_named_and_dropped_and_the_run_goes_on(moody, capfd):
+    assert in_process("run", moody) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == (
+        f"dropped east: {moody.parent / 'clients' / 'east.toml'}: rewards.low: rewards.py:moody raised "
+        "RuntimeError: the judge is away"
+    )
+    assert [line for line in lines if not line.startswith("dropped east: ")] == []
+    rows = [json.loads(line) for line in (out_of(moody) / "metrics.jsonl").read_text().splitlines()]
+    trained = {(row["round"], row["who"]) for row in rows if row["key"] == "train/reward/low"}
+    assert {who for round, who in trained if round == 1} == {"east", "north", "south"}
+    assert {who for round, who in trained if round > 1} == {"north", "south"}
+    ledger = [json.loads(line) for line in (out_of(moody) / "ledger.jsonl").read_text().splitlines()]
+    failed = {(line["round"], line["peer"]) for line in ledger if line["decision"] == "failed"}
+    assert failed == {(2, "east"), (3, "east"), (4, "east")}
+
+
+def test_a_run_with_too_few_replies_stops_and_goes_on_once_the_reward_is_mended(moody, capfd):
+    expected = unbroken(moody, "--set", "federation.min_replies=3")  # the flag names runs/run: this one is not hit
+    capfd.readouterr()
+    assert in_process("run", moody, "--set", "federation.min_replies=3") == 5
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("dropped east: ")
+    assert lines[1].startswith(
+        "fedpact: round 2, exchange 0: 2 of 3 members replied, expected at least 3 (federation.min_replies); east: "
+    )
+    assert sorted(path.name for path in (out_of(moody) / "rounds").iterdir()) == ["0000", "0001", "0002.partial"]
+    (moody.parent / "clients" / "moody").unlink()
+    assert in_process("resume", out_of(moody)) == 0
+    assert results(out_of(moody)) == expected
+
+
+def test_replies_that_were_admitted_before_a_failure_are_not_asked_for_again(moody):
+    assert in_process("run", moody, "--set", "federation.min_replies=3") == 5
+    (moody.parent / "clients" / "moody").unlink()
+    assert in_process("resume", out_of(moody)) == 0
+    ledger = [json.loads(line) for line in (out_of(moody) / "ledger.jsonl").read_text().splitlines()]
+    asked = [(line["peer"], line["attempt"]) for line in ledger if line["round"] == 2 and line["exchange"] == 0
+             and line["decision"] == "asked"]  # fmt: skip
+    assert asked == [("east", 0), ("north", 0), ("south", 0), ("east", 1)]
+
+
+def test_a_run_that_goes_on_without_a_member_can_be_resumed_without_it(moody, capfd):
+    assert in_process("run", moody) == 0
+    expected = results(out_of(moody))
+    out_of(moody).rename(moody.parent / "whole")
+    stop_in_round(moody, 3, calls=2, number=signal.SIGTERM)
+    assert in_process("run", moody) == 143
+    capfd.readouterr()
+    assert in_process("resume", out_of(moody)) == 0
+    assert all(line.startswith("dropped east: ") for line in capfd.readouterr().err.splitlines())
+    assert results(out_of(moody)) == expected
+
+
+# --- disks that are full --------------------------------------------------------------------------------------------
+
+
+def at_most(size: int) -> Callable[[], None]:
+    """Files cannot grow beyond `size` bytes, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_fills_up_under_a_checkpoint_costs_no_round(run_file):
+    options = settings("fedmoa")
+    expected = unbroken(run_file, *options)
+    adapter = len(expected["rounds/0001/adapter_model.safetensors"])
+    memory = len(expected["rounds/0001/memory.safetensors"])  # two tasks: two adapters
+    assert memory > 1.8 * adapter
+    stopped = in_subprocess("run", run_file, *options, before=at_most(int(1.7 * adapter)))
+    out = out_of(run_file)
+    assert (stopped.returncode, stopped.stderr) == (
+        4,
+        f"fedpact: {out}/rounds/0001: File too large; raise the file-size limit (`ulimit -f`), "
+        f"then run `fedpact resume {out}`\n",
+    )
+    assert {name: data for name, data in results(out).items() if name.startswith("rounds/0000/")} == {
+        name: data for name, data in expected.items() if name.startswith("rounds/0000/")
+    }
+    assert sorted(path.name for path in (out / "rounds").iterdir()) == ["0000", "0001.partial"]
+    assert in_process("resume", out) == 0
+    assert results(out) == expected
+
+
+def test_a_disk_that_fills_up_under_a_member_stops_the_run_and_drops_nobody(run_file):
+    expected = unbroken(run_file)
+    adapter = len(expected["rounds/0001/adapter_model.safetensors"])
+    stopped = in_subprocess("run", run_file, before=at_most(adapter + 10))  # a reply holds a little more than that
+    out = out_of(run_file)
+    assert stopped.returncode == 4
+    assert stopped.stderr.count("\n") == 1 and stopped.stderr.startswith(f"fedpact: {out}/clients/east/memory")
+    assert "File too large; raise the file-size limit" in stopped.stderr
+    assert in_process("resume", out) == 0
+    assert results(out) == expected
