@@ -1,1 +1,1 @@
-"""What FedPact costs beside the usual tools, as ratios measured side by side. `python -m benchmarks` runs all of them."""
+"""What FedPact costs beside the usual tools, in ratios taken side by side: `python -m benchmarks`."""

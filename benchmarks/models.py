@@ -96,7 +96,7 @@ def random_model(shape: Size) -> Any:
 def make_policy(base: Any) -> LoraPolicy:
     """FedPact's policy over `base`, with TRL's default loss.
 
-    The end-of-sequence token lies outside the vocabulary, so that no completion ends early: all token budgets are equal.
+    The end-of-sequence token lies outside the vocabulary, so that no completion ends early and token budgets are equal.
     """
     vocabulary = int(base.config.vocab_size)
     policy = LoraPolicy(

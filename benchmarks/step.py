@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from benchmarks.models import (
     GROUP_SIZE,
     LENGTH,
     NUM_PROMPTS,
     SIZES,
-    Bench,
     completion_logprobs,
     make_policy,
     peft_config,

@@ -87,7 +87,7 @@ def test_a_line_that_is_still_being_written_is_left_out(make_run):
 def test_a_broken_line_in_the_middle_is_named(make_run, bad):
     folder = make_run()
     (folder / "metrics.jsonl").write_text(f'\n{bad}\n{{"round":0,"who":"all","key":"k","value":1}}\n')
-    with pytest.raises(StoreError, match="metrics.jsonl: line 2: "):
+    with pytest.raises(StoreError, match=r"metrics\.jsonl: line 2: "):
         read_run(folder)
 
 
@@ -139,9 +139,10 @@ def test_the_summary_has_the_first_and_the_last_evaluation_and_marks_the_best(ma
     ]
 
 
-def test_an_unfinished_run_is_never_the_best(make_run):
+@pytest.mark.parametrize("end", [0.3, 0.8])
+def test_an_unfinished_run_is_never_the_best(make_run, end):
     rows = [(0, "all", "heldout/correct", 0.1), (4, "all", "heldout/correct", 0.3)]
-    better = [(0, "all", "heldout/correct", 0.1), (2, "all", "heldout/correct", 0.8)]
+    better = [(0, "all", "heldout/correct", 0.1), (2, "all", "heldout/correct", end)]
     records = [
         read_run(make_run("a", rows=rows)),
         read_run(make_run("b", rows=rows)),
@@ -186,8 +187,8 @@ def test_sets_of_objectives_are_compared_within_themselves_and_counted_by_their_
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (None, "–"), (0.0, "0"), (0.4713, ".471"), (-0.4713, "−.471"), (0.99951, "1.00"), (0.9994, ".999"), (1.0, "1.00"),
-        (-5.380, "−5.38"), (99.96, "100"), (12345.0, "12,300"), (0.01, ".0100"), (0.00012345, ".000123"),
+        (None, "–"), (0.0, "0"), (0.4713, ".471"), (-0.4713, "−.471"), (0.99951, "1.00"), (0.9994, ".999"),
+        (1.0, "1.00"), (-5.380, "−5.38"), (99.96, "100"), (12345.0, "12,300"), (0.01, ".0100"), (0.00012345, ".000123"),
         (0.000012345, "1.23e-05"), (1.5e9, "1.50e+09"),
     ],
 )  # fmt: skip

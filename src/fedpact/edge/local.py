@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fedpact.errors import ConfigError, FedPactError
+from fedpact.errors import ConfigError, FedPactError, StoreError
 from fedpact.messages import Hello
 from fedpact.runtime.config import RunConfig, client_files, load_client
 from fedpact.runtime.contract import contract_of
@@ -35,6 +35,8 @@ class LocalTransport:
                 continue
             try:
                 yield client, self.members[client].handle(envelope)
+            except StoreError:  # members and server share this disk: going on without them would change the result
+                raise
             except FedPactError as error:
                 yield client, Failure(str(error), error.exit_code)
 

@@ -207,6 +207,10 @@ class LoraPolicy:
         for text in texts:
             if isinstance(text, str):
                 ids = tokenizer(text)["input_ids"]
+            elif tokenizer.chat_template is None:
+                raise DataError(
+                    "the prompts are chats and the model has no chat template; give it plain texts, or a template"
+                )
             else:
                 ids = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=False)
             if not ids:

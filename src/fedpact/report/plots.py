@@ -110,8 +110,8 @@ def ticks(low: float, high: float, *, count: int = 5, least: float = 0.0, around
 
     Within [low, high], or `around` it: then the first and the last enclose it, also where both are equal.
     """
-    if around and high - low <= 1e-9 * max(abs(low), abs(high)):
-        pad = 0.1 * abs(low) or 0.5
+    if around and high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-30):
+        pad = 0.1 * abs(low) if abs(low) > 1e-30 else 0.5
         low, high = low - pad, high + pad
     rough = max((high - low) / count, least)
     if rough == 0:

@@ -152,12 +152,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any, *, sort_keys: bool = True) -> bytes:
     """`value` as JSON for people and machines: keys sorted, sets as sorted lists, one final newline.
 
     Raises ValueError for NaN and infinity, which JSON cannot hold.
     """
-    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=_sorted_set) + "\n").encode()
+    return (json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False, default=_sorted_set) + "\n").encode()
 
 
 def json_line(value: Mapping[str, Any]) -> bytes:

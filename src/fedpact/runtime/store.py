@@ -93,7 +93,8 @@ class RunFolder:
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Writes run.json: the resolved configuration, contract, versions, seeds and hashes."""
         self._require_lock()
-        atomic_write(self.path / "run.json", files.json_bytes(dict(run)), then=self._then)
+        # not sorted: the order of the objectives is part of the contract
+        atomic_write(self.path / "run.json", files.json_bytes(dict(run), sort_keys=False), then=self._then)
 
     def read_run(self) -> dict[str, Any]:
         """What `write_run` wrote. Raises StoreError if this is no run folder."""
