@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedpact.cli.progress import Progress
@@ -40,7 +41,7 @@ def demo(*, algorithm: str | None, seed: int, rounds: int | None, out: Path | No
     header, rows = summary_table([read_run(run) for run in done])
     table = Table(*header, title="held-out means, start → end")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print("\n", table, sep="")
     page = write_report(done, folder / "report.html", title="FedPact demo")
     print(

@@ -12,6 +12,8 @@ from torch import Tensor
 from fedpact.errors import InadmissibleError
 from fedpact.messages import Averaged, Evaluated, Introduced, Reply, Trained
 
+MAX_METRICS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -39,6 +41,10 @@ def admit(reply: Reply, limits: Limits) -> None:
             raise InadmissibleError(f"adapter: {odd[0]!r} is {'missing' if odd[0] in limits.shapes else 'unexpected'}")
         for name, shape in limits.shapes.items():
             _check(f"adapter {name}", reply.adapter[name], shape, torch.float32)
+    if isinstance(reply, Trained):
+        odd = [name for name in reply.metrics if name == "accuracy" or name.startswith("reward/")]
+        if odd or len(reply.metrics) > MAX_METRICS:
+            raise InadmissibleError(f"metrics: {len(reply.metrics)} figures, {odd[:1]} among them stand for others")
     if isinstance(reply, Introduced) and len(set(reply.objectives)) != len(reply.objectives):
         raise InadmissibleError(f"objectives: found {reply.objectives}, expected each once")
 

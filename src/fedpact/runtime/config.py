@@ -214,6 +214,12 @@ class ClientConfig(Settings):
     rewards: dict[str, RewardSettings] = Field(min_length=1)
     site: SiteSettings = SiteSettings()
 
+    @model_validator(mode="after")
+    def _own_name(self) -> ClientConfig:
+        if self.name in ("all", "server"):
+            raise ValueError(f"name: {self.name!r} stands for others in the metrics; choose another")
+        return self
+
 
 def parse_algorithm(data: Mapping[str, Any]) -> Algorithm:
     """The algorithm that an `[algorithm]` table describes. Raises ConfigError."""
