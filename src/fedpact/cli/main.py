@@ -173,7 +173,8 @@ def _usage_or_bug(error: Exception) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"fedpact: {message}", file=sys.stderr)
+    if message:  # none where help was all there is to say
+        print(f"fedpact: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
