@@ -135,6 +135,7 @@ class Member:
             reply = algorithm.answer(request, client)
         else:
             raise RefusedError(f"{self.where}: {algorithm.model_dump().get('name')} sends no {request.verb!r} requests")
+        client.log(sampler_gap=client.policy.sampler_gap)
         data = encode(self.gate.leave(request, reply))
         self.store.save((envelope.round, envelope.exchange), client.memory, digest, data)
         if envelope.since is not None:
