@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -167,25 +167,26 @@ def stop_in_round(run_file: Path, round: int, *, calls: int, number: int) -> Non
 
 def in_process(*arguments: str | Path) -> int:
     """`fedpact` in this process; its exit code. Output goes to the test's own streams."""
-    umask, handler = os.umask(0), signal.getsignal(signal.SIGTERM)
-    os.umask(umask)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    umask = os.umask(0o022)
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     finally:
         os.umask(umask)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 
 def in_subprocess(
-    *arguments: str | Path, before: Callable[[], None] | None = None, environment: Mapping[str, str] | None = None
+    *arguments: str | Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m fedpact` with `environment` added to this one's; `before` runs in the child."""
+    """`python -m fedpact` with `environment` added to this one's."""
     command = [sys.executable, "-m", "fedpact", *map(str, arguments)]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    return subprocess.run(command, capture_output=True, text=True, env=settings, preexec_fn=before, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=120)
 
 
 @pytest.fixture(scope="session")

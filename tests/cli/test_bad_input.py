@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedpact.runtime.engines import hash_of
 from tests.cli.conftest import files, in_process, in_subprocess, results, write_project
 
 
@@ -30,10 +31,9 @@ def out_of(run_file: Path) -> Path:
 
 
 @pytest.fixture
-def done(run_file: Path, capfd: pytest.CaptureFixture[str]) -> Path:
-    """The folder of a run of one round that may be spoilt."""
-    assert in_process("run", run_file, "--set", "rounds=1") == 0
-    return out_of(run_file)
+def done(finished: Path, tmp_path: Path) -> Path:
+    """The folder of a finished run that may be spoilt; its run file and members are not a test's own."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 # --- before a run has begun: nothing is left behind -----------------------------------------------------------------
@@ -213,12 +213,19 @@ def test_an_unwritable_place_for_the_run_is_named(run_file, tmp_path, capfd):
     assert files(tmp_path)["file"] == b"in the way"
 
 
+def test_an_error_is_one_line_on_the_real_stderr_too(run_file):
+    edit(run_file, "seed = 7", "sed = 7")
+    failed = in_subprocess("run", run_file)
+    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+    assert failed.stderr.startswith(f"fedpact: {run_file}: sed: unknown key; valid keys: algorithm, ")
+
+
 # --- with a run in its folder: nothing is lost ----------------------------------------------------------------------
 
 
 def test_an_existing_run_folder_is_refused_with_the_command_that_goes_on(run_file, done, capfd):
     before = files(done)
-    code, line = refusal(capfd, "run", run_file, "--set", "rounds=1")
+    code, line = refusal(capfd, "run", run_file, "--out", done)
     assert (code, line) == (2, f"{done}: exists already; continue it with `fedpact resume {done}`, or name another")
     assert files(done) == before
 
@@ -233,15 +240,15 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path, capfd, command):
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "memory.safetensors", "state.json", "MANIFEST"])
 def test_a_tampered_checkpoint_is_refused_by_name(done, capfd, name):
-    path = done / "rounds" / "0001" / name
+    path = done / "rounds" / "0003" / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     before = results(done)
     code, line = refusal(capfd, "resume", done)
     assert code == 4
-    assert f"{done / 'rounds' / '0001'}/" in line and "changed since it was written" in line
-    assert f"delete {done / 'rounds' / '0001'} to resume from the round before" in line
+    assert line.startswith(f"{done / 'rounds' / '0003'}/") and "changed since it was written" in line
+    assert line.endswith(f"delete {done / 'rounds' / '0003'} to resume from the round before")
     assert results(done) == before
 
 
@@ -249,7 +256,7 @@ def test_a_tampered_checkpoint_is_refused_by_name(done, capfd, name):
     ("keys", "value"),
     [
         (("optimizer", "learning_rate"), 0.02),
-        (("rounds",), 2),
+        (("rounds",), 4),
         (("federation", "participation"), 0.5),
         (("federation", "min_replies"), 1),
         (("policy", "adapter"), "elsewhere"),
@@ -280,8 +287,9 @@ def test_a_run_json_that_is_none_is_named(done, capfd, command, text):
 
 
 @pytest.mark.parametrize("change", ["edited", "removed", "added"])
-def test_a_changed_client_file_is_refused_on_resume(run_file, done, capfd, change):
-    client = run_file.parent / "clients" / "north.toml"
+def test_a_changed_client_file_is_refused_on_resume(run_file, capfd, change):
+    assert in_process("run", run_file, "--set", "rounds=1") == 0
+    done, client = out_of(run_file), run_file.parent / "clients" / "north.toml"
     match change:
         case "edited":
             edit(client, "heldout_share = 0.3", "heldout_share = 0.4")
@@ -297,7 +305,7 @@ def test_a_changed_client_file_is_refused_on_resume(run_file, done, capfd, chang
     assert results(done) == before
 
 
-def test_a_changed_base_model_is_refused_on_resume(tmp_path, model):
+def test_a_changed_base_model_is_refused_on_resume(tmp_path, model, capfd):
     path = tmp_path / "model"
     shutil.copytree(model, path)
     run_file = write_project(tmp_path / "project", model=path, rounds=1)
@@ -307,8 +315,8 @@ def test_a_changed_base_model_is_refused_on_resume(tmp_path, model):
     (path / "model.safetensors").write_bytes(data)
     out = out_of(run_file)
     before = results(out)
-    failed = in_subprocess("resume", out)  # this process remembers the model's hash
-    assert failed.returncode == 4
-    assert failed.stderr.startswith(f"fedpact: {path}: this base model hashes to ") and failed.stderr.count("\n") == 1
-    assert "put that model back, or start a new run" in failed.stderr
+    hash_of.cache_clear()  # one process, one hash
+    code, line = refusal(capfd, "resume", out)
+    assert code == 4 and line.startswith(f"{path}: this base model hashes to ")
+    assert line.endswith("; put that model back, or start a new run")
     assert results(out) == before

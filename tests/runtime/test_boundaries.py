@@ -95,6 +95,13 @@ def test_shared_metrics_are_rounded_between_sites_and_whole_in_a_simulation() ->
     assert whole.metrics == {"weight/correct": 0.123456}
 
 
+def test_a_share_list_holds_in_a_simulation_too() -> None:
+    left = gate(simulation=True, share=("accuracy",)).leave(Train(SENT), reply())
+    assert isinstance(left, Trained)
+    assert left.metrics == {}
+    assert bool(left.rewards.isnan().all())
+
+
 def test_private_tensors_never_leave_whatever_the_algorithm_returns() -> None:
     left = gate(simulation=True).leave(Train(SENT), reply(adapter={**reply().adapter, "private/x": torch.ones(1)}))
     assert isinstance(left, Trained)

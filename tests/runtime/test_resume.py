@@ -7,15 +7,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from fedpact.algorithms import TABLE, algorithm_class
-from tests.cli.conftest import files, in_process, in_subprocess, model, results, run_file, stop_in_round, write_project
+from tests.cli.conftest import (
+    files,
+    finished,
+    in_process,
+    in_subprocess,
+    model,
+    results,
+    run_file,
+    stop_in_round,
+    write_project,
+)
 
-__all__ = ["model", "run_file"]
+__all__ = ["finished", "model", "run_file"]
 
 
 def out_of(run_file: Path) -> Path:
@@ -40,7 +51,7 @@ def unbroken(run_file: Path, *options: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("participation", [1.0, 0.5])
 @pytest.mark.parametrize("algorithm", TABLE)
 def test_a_resumed_run_ends_where_an_unbroken_one_does(run_file, algorithm, participation):
-    options = settings(algorithm, participation)
+    options = [*settings(algorithm, participation), "--set", "rounds=2"]
     expected = unbroken(run_file, *options)
     # the fourth reward of a round is asked for by its second member: one reply is in the spool
     stop_in_round(run_file, 2, calls=4, number=signal.SIGTERM)
@@ -50,38 +61,38 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run_file, algorithm, part
     assert results(out_of(run_file)) == expected
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(run_file):
-    first = unbroken(run_file)
+def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(run_file, finished):
     assert in_process("run", run_file) == 0
-    assert results(out_of(run_file)) == first
+    assert results(out_of(run_file)) == results(finished)  # made in another place
     other = run_file.parent / "other" / "run"
     assert in_process("run", run_file, "--out", other, "--set", "seed=8") == 0
     adapter = "final/adapter_model.safetensors"
-    assert files(other)[adapter] != first[adapter]
+    assert results(other)[adapter] != results(finished)[adapter]
 
 
+@pytest.mark.parametrize("calls", [1, 6])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_run_in_one_line_and_it_can_be_resumed(run_file, number, code):
-    expected = unbroken(run_file)
-    stop_in_round(run_file, 2, calls=3, number=number)
-    stopped = in_subprocess("run", run_file)
-    assert (stopped.returncode, stopped.stderr) == (
-        code,
-        "fedpact: interrupted; what was committed is safe, and `fedpact resume` goes on from there\n",
+def test_a_signal_ends_a_run_in_one_line_and_it_can_be_resumed(run_file, finished, capfd, number, code, calls):
+    stop_in_round(run_file, 2, calls=calls, number=number)
+    assert in_process("run", run_file) == code
+    assert capfd.readouterr().err == (
+        "fedpact: interrupted; what was committed is safe, and `fedpact resume` goes on from there\n"
     )
     assert in_process("resume", out_of(run_file)) == 0
-    assert results(out_of(run_file)) == expected
+    assert results(out_of(run_file)) == results(finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_was_stopped_before_it_began_can_be_run_again(run_file, number):
-    expected = unbroken(run_file)
+def test_a_run_that_was_stopped_before_it_began_can_be_run_again(run_file, finished, number):
     (run_file.parent / "clients" / "stop").write_text(json.dumps(["", 2, number]))  # in the dry run of the members
-    stopped = in_subprocess("run", run_file)
-    assert stopped.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
-    assert not (out_of(run_file) / "run.json").exists()
+    if number == signal.SIGKILL:
+        assert in_subprocess("run", run_file).returncode == -9
+        assert out_of(run_file).exists()
+    else:
+        assert in_process("run", run_file) == 128 + number
+        assert not out_of(run_file).exists()
     assert in_process("run", run_file) == 0
-    assert results(out_of(run_file)) == expected
+    assert results(out_of(run_file)) == results(finished)
 
 
 KILLED = """
@@ -137,19 +148,17 @@ def test_a_run_that_is_killed_at_five_random_moments_ends_with_the_same_bytes(tm
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_while_it_runs_leaves_a_run_to_resume(run_file):
-    expected = unbroken(run_file, "--set", "rounds=30")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_process_that_is_stopped_from_outside_leaves_a_run_to_resume(run_file, number, code):
+    expected = unbroken(run_file, "--set", "rounds=12")
     out = out_of(run_file)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedpact", "run", run_file, "--set", "rounds=30"],
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, "-m", "fedpact", "run", run_file, "--set", "rounds=12"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
-    while not (out / "rounds" / "0002").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -9
+    while not (out / "rounds" / "0001").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.wait() == code
     assert not (out / "final").exists()
     resumed = in_subprocess("resume", out)
     assert (resumed.returncode, resumed.stderr) == (0, "")
@@ -224,39 +233,41 @@ def test_a_run_that_goes_on_without_a_member_can_be_resumed_without_it(moody, ca
 # --- disks that are full --------------------------------------------------------------------------------------------
 
 
-def at_most(size: int) -> Callable[[], None]:
-    """Files cannot grow beyond `size` bytes, as on a full disk."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+@contextmanager
+def files_at_most(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_up_under_a_checkpoint_costs_no_round(run_file):
-    options = settings("fedmoa")
+def test_a_disk_that_fills_up_under_a_checkpoint_costs_no_round(run_file, capfd):
+    options = [*settings("fedmoa"), "--set", "rounds=2"]
     expected = unbroken(run_file, *options)
     adapter = len(expected["rounds/0001/adapter_model.safetensors"])
-    memory = len(expected["rounds/0001/memory.safetensors"])  # two tasks: two adapters
-    assert memory > 1.8 * adapter
-    stopped = in_subprocess("run", run_file, *options, before=at_most(int(1.7 * adapter)))
+    assert len(expected["rounds/0001/memory.safetensors"]) > 1.8 * adapter  # two tasks: two adapters
+    capfd.readouterr()
+    with files_at_most(int(1.7 * adapter)):
+        assert in_process("run", run_file, *options) == 4
     out = out_of(run_file)
-    assert (stopped.returncode, stopped.stderr) == (
-        4,
+    assert capfd.readouterr().err == (
         f"fedpact: {out}/rounds/0001: File too large; raise the file-size limit (`ulimit -f`), "
-        f"then run `fedpact resume {out}`\n",
+        f"then run `fedpact resume {out}`\n"
     )
-    assert {name: data for name, data in results(out).items() if name.startswith("rounds/0000/")} == {
-        name: data for name, data in expected.items() if name.startswith("rounds/0000/")
-    }
     assert sorted(path.name for path in (out / "rounds").iterdir()) == ["0000", "0001.partial"]
+    assert files(out / "rounds" / "0000") == files(run_file.parent / "unbroken" / "run" / "rounds" / "0000")
     assert in_process("resume", out) == 0
     assert results(out) == expected
 
 
-def test_a_disk_that_fills_up_under_a_member_stops_the_run_and_drops_nobody(run_file):
-    expected = unbroken(run_file)
-    adapter = len(expected["rounds/0001/adapter_model.safetensors"])
-    stopped = in_subprocess("run", run_file, before=at_most(adapter + 10))  # a reply holds a little more than that
-    out = out_of(run_file)
-    assert stopped.returncode == 4
-    assert stopped.stderr.count("\n") == 1 and stopped.stderr.startswith(f"fedpact: {out}/clients/east/memory")
-    assert "File too large; raise the file-size limit" in stopped.stderr
+def test_a_disk_that_fills_up_under_a_member_stops_the_run_and_drops_nobody(run_file, finished, capfd):
+    adapter = len(results(finished)["rounds/0001/adapter_model.safetensors"])
+    with files_at_most(adapter + 10):  # a reply holds a little more than an adapter
+        assert in_process("run", run_file) == 4
+    out, line = out_of(run_file), capfd.readouterr().err
+    assert line.startswith(f"fedpact: {out}/clients/east/memory/reply: File too large; ") and line.count("\n") == 1
     assert in_process("resume", out) == 0
-    assert results(out) == expected
+    assert results(out) == results(finished)

@@ -5,13 +5,13 @@ A ceiling refuses; it never changes a request, because a clamped member would ru
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fedpact.errors import RefusedError
-from fedpact.messages import Averaged, Reply, Request, Trained
+from fedpact.messages import Averaged, Evaluated, Reply, Request, Trained
 from fedpact.runtime.config import SiteSettings
 from fedpact.runtime.contract import Contract, contract_hash, read_contract
 from fedpact.types import Adapter
@@ -64,9 +64,8 @@ class Gate:
         """What of `reply` may leave. Raises RefusedError if none of it may."""
         if isinstance(reply, Averaged):
             reply = replace(reply, weight=min(reply.weight, self.site.max_weight or float("inf")))
-        counts = getattr(reply, "counts", None)
-        if counts is not None and 0 < int(counts.max()) < self.site.min_samples:
-            found, wanted = int(counts.max()), self.site.min_samples
+        if isinstance(reply, Evaluated) and 0 < int(reply.counts.max()) < self.site.min_samples:
+            found, wanted = int(reply.counts.max()), self.site.min_samples
             raise RefusedError(
                 f"{self.where}: site.min_samples: figures rest on {found} completions, expected {wanted}"
             )
@@ -85,15 +84,15 @@ class Gate:
         return {name: sent[name] + delta * (self.site.clip_norm / norm) for name, delta in deltas.items()}
 
     def _shared(self, reply: Reply) -> Reply:
-        names = {field.name for field in fields(reply)} if is_dataclass(reply) else set()
-        changes: dict[str, Any] = {}
-        if "rewards" in names and "rewards" not in self.share:
-            changes["rewards"] = torch.full_like(getattr(reply, "rewards"), torch.nan)  # noqa: B009
-        if "accuracy" in names and "accuracy" not in self.share:
-            changes["accuracy"] = None
-        if "metrics" in names:
-            metrics = getattr(reply, "metrics") if "metrics" in self.share else {}  # noqa: B009
-            changes["metrics"] = (
-                {name: round(value, 3) for name, value in metrics.items()} if not self.simulation else metrics
-            )
-        return replace(reply, **changes) if changes else reply
+        if not isinstance(reply, (Trained, Evaluated)):
+            return reply
+        reply = replace(
+            reply,
+            rewards=reply.rewards if "rewards" in self.share else torch.full_like(reply.rewards, torch.nan),
+            accuracy=reply.accuracy if "accuracy" in self.share else None,
+        )
+        if not isinstance(reply, Trained):
+            return reply
+        shared = reply.metrics if "metrics" in self.share else {}
+        digits = None if self.simulation else 3
+        return replace(reply, metrics={n: v if digits is None else round(v, digits) for n, v in shared.items()})
