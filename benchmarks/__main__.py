@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=tuple(SIZES), action="append", help="may be repeated (default: nano, tiny)")
     parser.add_argument("--only", choices=BENCHMARKS, action="append", help="may be repeated (default: all)")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU; use --device cpu")
 
     torch.set_num_threads(1)
     # Neither changes a figure: a renamed attribute in transformers, and vmap's fallback for CPU attention in torchjd.

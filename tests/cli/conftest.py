@@ -146,6 +146,13 @@ def write_project(folder: Path, *, model: Path, rounds: int = 3, low: str = "low
     return path
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    """Puts `new` in the place of the one `old` in that file."""
+    text = path.read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path.name}"
+    path.write_text(text.replace(old, new))
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, by its path from there; compiled Python aside."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc")
@@ -178,6 +185,15 @@ def in_process(*arguments: str | Path) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 0
+
+
+def refusal(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+    """The exit code of a command that fails, and the one line that it says."""
+    capfd.readouterr()
+    code = in_process(*arguments)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fedpact: "), lines
+    return code, lines[0].removeprefix("fedpact: ")
 
 
 def in_subprocess(

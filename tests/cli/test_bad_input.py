@@ -8,22 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedpact.runtime.engines import hash_of
-from tests.cli.conftest import files, in_process, in_subprocess, results, write_project
-
-
-def refusal(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """The exit code of a command that fails, and the one line that it says."""
-    capfd.readouterr()
-    code = in_process(*arguments)
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("fedpact: "), lines
-    return code, lines[0].removeprefix("fedpact: ")
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {path.name}"
-    path.write_text(text.replace(old, new))
+from tests.cli.conftest import edit, files, in_process, refusal, results, write_project
 
 
 def out_of(run_file: Path) -> Path:
@@ -206,36 +191,7 @@ def test_chat_prompts_need_a_model_with_a_chat_template(run_file, capfd):
     assert not out_of(run_file).exists()
 
 
-def test_an_unwritable_place_for_the_run_is_named(run_file, tmp_path, capfd):
-    (tmp_path / "file").write_text("in the way")
-    code, line = refusal(capfd, "run", run_file, "--out", tmp_path / "file" / "run")
-    assert code == 4 and str(tmp_path / "file") in line
-    assert files(tmp_path)["file"] == b"in the way"
-
-
-def test_an_error_is_one_line_on_the_real_stderr_too(run_file):
-    edit(run_file, "seed = 7", "sed = 7")
-    failed = in_subprocess("run", run_file)
-    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
-    assert failed.stderr.startswith(f"fedpact: {run_file}: sed: unknown key; valid keys: algorithm, ")
-
-
 # --- with a run in its folder: nothing is lost ----------------------------------------------------------------------
-
-
-def test_an_existing_run_folder_is_refused_with_the_command_that_goes_on(run_file, done, capfd):
-    before = files(done)
-    code, line = refusal(capfd, "run", run_file, "--out", done)
-    assert (code, line) == (2, f"{done}: exists already; continue it with `fedpact resume {done}`, or name another")
-    assert files(done) == before
-
-
-@pytest.mark.parametrize("command", ["resume", "status", "evaluate", "report"])
-def test_a_folder_that_holds_no_run_is_refused(tmp_path, capfd, command):
-    code, line = refusal(capfd, command, tmp_path)
-    assert code == 4
-    assert line.startswith(f"{tmp_path}: not a run folder (no run.json); ")
-    assert files(tmp_path) == {}
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "memory.safetensors", "state.json", "MANIFEST"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedpact.algorithms import TABLE
-from tests.cli.conftest import MEMBERS, files, in_process, in_subprocess, results, stop_in_round
+from tests.cli.conftest import MEMBERS, edit, files, in_process, in_subprocess, refusal, results, stop_in_round
 from tests.conftest import tokenizer
 
 
@@ -157,6 +157,31 @@ def test_resuming_a_finished_run_changes_nothing(run_file, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_an_existing_run_folder_is_refused_with_the_command_that_goes_on(run_file, finished, capfd):
+    before = files(finished)
+    code, line = refusal(capfd, "run", run_file, "--out", finished)
+    assert (code, line) == (
+        2,
+        f"{finished}: exists already; continue it with `fedpact resume {finished}`, or name another",
+    )
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("command", ["resume", "status", "evaluate", "report"])
+def test_a_folder_that_holds_no_run_is_refused(tmp_path, capfd, command):
+    code, line = refusal(capfd, command, tmp_path)
+    assert code == 4
+    assert line.startswith(f"{tmp_path}: not a run folder (no run.json); ")
+    assert files(tmp_path) == {}
+
+
+def test_an_unwritable_place_for_the_run_is_named(run_file, tmp_path, capfd):
+    (tmp_path / "file").write_text("in the way")
+    code, line = refusal(capfd, "run", run_file, "--out", tmp_path / "file" / "run")
+    assert code == 4 and str(tmp_path / "file") in line
+    assert files(tmp_path)["file"] == b"in the way"
+
+
 def test_two_processes_cannot_write_one_run(run_file, capfd):
     assert in_process("run", run_file, "--set", "rounds=1") == 0
     out = run_file.parent / "runs" / "run"
@@ -178,6 +203,13 @@ def test_two_processes_cannot_write_one_run(run_file, capfd):
 def test_the_module_is_the_command():
     done = in_subprocess("--version")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count(".") == 2
+
+
+def test_an_error_is_one_line_on_the_real_stderr_too(run_file):
+    edit(run_file, "seed = 7", "sed = 7")
+    failed = in_subprocess("run", run_file)
+    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+    assert failed.stderr.startswith(f"fedpact: {run_file}: sed: unknown key; valid keys: algorithm, ")
 
 
 def _heldout(out: Path, round: int) -> Mapping[str, float]:

@@ -151,3 +151,19 @@ def test_sampler_and_trainer_agree_to_rounding(model_folders: dict[str, Path]) -
         policy.gradients(rollout, random_advantages(1, len(rollout.mask)))
         assert 0 < policy.sampler_gap < 1e-4, kind
         assert math.isfinite(policy.sampler_gap)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_a_bfloat16_base_trains_a_float32_adapter(model_folders: dict[str, Path], kind: str) -> None:
+    policy = make_policy(model_folders[kind], dtype="bfloat16")
+    policy.load(random_adapter(policy, size=0.05))
+    rollout = policy.generate(PROMPTS, draw=0)
+    jacobian = policy.gradients(rollout, random_advantages(2, len(rollout.mask)))
+    assert jacobian.rows.dtype == torch.float32
+    whole = make_policy(model_folders[kind])
+    whole.load(random_adapter(policy, size=0.05))
+    exact = whole.gradients(rollout, random_advantages(2, len(rollout.mask)))
+    cosine = torch.nn.functional.cosine_similarity(jacobian.rows, exact.rows)
+    assert bool((cosine > 0.9).all()), cosine
+    policy.step(jacobian[0])
+    assert policy.adapter().keys() == policy.bank.shapes.keys()

@@ -230,6 +230,13 @@ def test_a_run_that_goes_on_without_a_member_can_be_resumed_without_it(moody, ca
     assert results(out_of(moody)) == expected
 
 
+def test_members_whose_training_diverges_are_dropped_with_the_remedy(run_file, capfd):
+    assert in_process("run", run_file, "--set", "optimizer.learning_rate=1e20") == 5
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["dropped east", "dropped north", "dropped south", "fedpact"]
+    assert all("not finite" in line and "lower optimizer.learning_rate" in line for line in lines)
+
+
 # --- disks that are full --------------------------------------------------------------------------------------------
 
 

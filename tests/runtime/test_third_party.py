@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.cli.conftest import in_subprocess, model, run_file
+from fedpact.algorithms import table
+from tests.cli.conftest import in_process, in_subprocess, model, run_file
 
 __all__ = ["model", "run_file"]
 
@@ -63,8 +66,8 @@ class Brief:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> dict[str, str]:
-    """The environment of a Python with packages of others installed: algorithms and rewards."""
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with packages of others, installed: algorithms and rewards."""
     folder = tmp_path / "site"
     (folder / "steady").mkdir(parents=True)
     (folder / "steady" / "__init__.py").write_text(ALGORITHM)
@@ -76,21 +79,28 @@ def site(tmp_path: Path) -> dict[str, str]:
         "[fedpact.algorithms]\nmedian = steady:Median\nbroken = steady.absent:Broken\nodd = steady:Literal\n"
         "fedavg = steady:Median\n"
     )
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+    monkeypatch.syspath_prepend(folder)
+    table.cache_clear()
+    yield folder
+    table.cache_clear()
+    for name in ("steady", "shop_rewards"):
+        sys.modules.pop(name, None)
 
 
 def test_a_package_that_registers_an_algorithm_is_listed_and_replaces_no_built_in_one(site):
-    listed = in_subprocess("algorithms", "--json", environment=site)
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    listed = in_subprocess("algorithms", "--json", environment={"PYTHONPATH": path})
     assert (listed.returncode, listed.stderr) == (0, "")
     table = json.loads(listed.stdout)
     assert table["median"]["target"] == "steady:Median" and table["median"]["summary"] == "from steady"
     assert table["fedavg"]["target"] == "fedpact.algorithms.fedavg:FedAvg"
 
 
-def test_a_registered_algorithm_runs_and_its_server_half_decides(run_file, site):
+@pytest.mark.usefixtures("site")
+def test_a_registered_algorithm_runs_and_its_server_half_decides(run_file, capfd):
     options = ["--set", 'algorithm={ name = "median", local_steps = 1 }', "--set", "rounds=1"]
-    done = in_subprocess("run", run_file, *options, environment=site)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert in_process("run", run_file, *options) == 0
+    assert capfd.readouterr().err == ""
     out = run_file.parent / "runs" / "run"
     assert json.loads((out / "run.json").read_text())["config"]["algorithm"] == {"name": "median", "local_steps": 1}
     assert_close(load_file(out / "rounds/0001/memory.safetensors"), {"count": torch.tensor([3])})
@@ -101,6 +111,7 @@ def test_a_registered_algorithm_runs_and_its_server_half_decides(run_file, site)
     assert any(not torch.equal(first[name], final[name]) for name in first)
 
 
+@pytest.mark.usefixtures("site")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -108,20 +119,22 @@ def test_a_registered_algorithm_runs_and_its_server_half_decides(run_file, site)
         ("odd", "algorithm.name: 'odd' does not load (TypeError: algorithm 'odd': steady:Literal is no subclass of "),
     ],
 )
-def test_a_registered_algorithm_that_does_not_load_is_one_line(run_file, site, name, expected):
-    failed = in_subprocess("run", run_file, "--set", f'algorithm={{ name = "{name}" }}', environment=site)
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr.startswith(f"fedpact: {run_file}: {expected}") and failed.stderr.count("\n") == 1
+def test_a_registered_algorithm_that_does_not_load_is_one_line(run_file, capfd, name, expected):
+    assert in_process("run", run_file, "--set", f'algorithm={{ name = "{name}" }}') == 2
+    line = capfd.readouterr().err
+    assert line.startswith(f"fedpact: {run_file}: {expected}") and line.count("\n") == 1
 
 
-def test_rewards_of_an_installed_package_are_found_by_import_path(run_file, site):
+@pytest.mark.usefixtures("site")
+def test_rewards_of_an_installed_package_are_found_by_import_path(run_file, capfd):
     client = run_file.parent / "clients" / "north.toml"
     text = client.read_text().replace("rewards.py:low", "shop_rewards:slow_low")
     text = text.replace("rewards.py:brief", "shop_rewards:Brief")
     text = text.replace("[rewards.brief]", "[rewards.low.kwargs]\nabove = 58\n\n[rewards.brief]")
     client.write_text(text + "\n[rewards.brief.kwargs]\nscale = 0.5\n")
-    done = in_subprocess("check", run_file, environment=site)
-    assert (done.returncode, done.stderr) == (0, "")
-    figures = done.stdout.splitlines()[1].split("completions: ")[1]
+    assert in_process("check", run_file) == 0
+    shown = capfd.readouterr()
+    assert shown.err == ""
+    figures = shown.out.splitlines()[1].split("completions: ")[1]
     low, brief = (float(figure.split()[1]) for figure in figures.split(", "))
     assert low == pytest.approx(-2 * brief, abs=0.02)  # every word is one of w0 to w57
