@@ -15,7 +15,7 @@ import torch
 from fedpact import __version__
 from fedpact.cli.example import RUN_FILE, example_files
 from fedpact.cli.progress import Progress
-from fedpact.edge.local import check_members, local_members, local_transport
+from fedpact.edge.local import check_members, local_members, local_transport, resumed_transport
 from fedpact.errors import ConfigError, StoreError
 from fedpact.messages import Evaluate
 from fedpact.report.page import write_report
@@ -69,7 +69,7 @@ def resume(out: Path) -> None:
     record = RunFolder(out).read_run()
     config, _ = launch.recorded(record, out)
     progress = Progress(config.rounds)
-    launch.resume(out, make=local_transport, observer=progress)
+    launch.resume(out, make=resumed_transport, observer=progress)
     _finish(out)
 
 

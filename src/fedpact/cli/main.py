@@ -32,8 +32,8 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="C
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-class Terminated(BaseException):
-    """SIGTERM."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM. No KeyboardInterrupt: Typer turns that into a return value."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -147,13 +147,16 @@ def doctor() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: errors become one line and an exit code."""
     os.umask(0o077)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     try:
         app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except FedPactError as error:
         _fail(" ".join(str(error).split()), error.exit_code)
-    except (KeyboardInterrupt, Terminated) as stop:
-        _fail("interrupted; what was committed is safe, and `fedpact resume` goes on from there", _stop_code(stop))
+    except Stopped as stop:
+        code = 128 + int(stop.args[0])
+        _fail("interrupted; what was committed is safe, and `fedpact resume` goes on from there", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -180,9 +183,5 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _stop_code(stop: BaseException) -> int:
-    return 143 if isinstance(stop, Terminated) else 130
-
-
-def _terminate(number: int, frame: FrameType | None) -> Any:
-    raise Terminated
+def _stop(number: int, frame: FrameType | None) -> Any:
+    raise Stopped(number)

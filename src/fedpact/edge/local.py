@@ -68,11 +68,18 @@ def local_transport(config: RunConfig, folder: Path, out: Path, model: Skeleton)
 
     Raises ConfigError or RewardError.
     """
-    members = local_members(
-        folder / config.simulation.clients, home=out / "clients", model=model.path, engines=Engines()
-    )
-    check_members(config, members, model)
-    return LocalTransport(members)
+    transport = resumed_transport(config, folder, out, model)
+    check_members(config, transport.members, model)
+    return transport
+
+
+def resumed_transport(config: RunConfig, folder: Path, out: Path, model: Skeleton) -> LocalTransport:
+    """The simulated members of a run that goes on. No dry run: a member that fails by now is dropped, as in any round.
+
+    Raises ConfigError.
+    """
+    clients = folder / config.simulation.clients
+    return LocalTransport(local_members(clients, home=out / "clients", model=model.path, engines=Engines()))
 
 
 def check_members(config: RunConfig, members: Mapping[ClientId, Member], model: Skeleton) -> list[str]:

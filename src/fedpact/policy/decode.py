@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fedpact.errors import FedPactError
 from fedpact.policy.sampling import inverse_cdf_sample, token_logprobs
 
 
@@ -90,6 +91,8 @@ def complete(
             decoder.keep(remaining)
             tokens, rows = tokens[remaining], rows[remaining]
         logits = decoder.step(tokens)
+    if not bool(logprobs.isfinite().all()):
+        raise FedPactError("the model's log-probs are not finite: training has diverged; lower optimizer.learning_rate")
     return Completions(ids[:, :length], logprobs[:, :length], mask[:, :length], ~finished)
 
 

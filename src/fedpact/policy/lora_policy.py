@@ -21,7 +21,7 @@ from fedpact.policy.sampling import token_logprobs
 from fedpact.protocols import Loss
 from fedpact.seeding import key, uniforms
 from fedpact.settings import LossSettings, OptimizerSettings, RolloutSettings
-from fedpact.types import Adapter, Direction, Memory, Prompts, Rollout, Text
+from fedpact.types import Adapter, Direction, Memory, Message, Prompts, Rollout, Text
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.5}
 
@@ -212,7 +212,7 @@ class LoraPolicy:
                     "the prompts are chats and the model has no chat template; give it plain texts, or a template"
                 )
             else:
-                ids = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=True, return_dict=False)
+                ids = self._chat_ids(text)
             if not ids:
                 raise DataError(f"prompt {str(text)[:60]!r} has no tokens; give the model something to continue")
             rows.append(ids if limit is None else ids[-limit:])
@@ -223,6 +223,18 @@ class LoraPolicy:
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = True
         return ids.to(self.device), mask.to(self.device)
+
+    def _chat_ids(self, chat: list[Message]) -> list[int]:
+        try:
+            ids: list[int] = self.base.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # a template may raise on roles that it does not know
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise DataError(
+                f"prompt {str(chat)[:60]!r} does not fit the model's chat template ({reason[:160]}); change its roles"
+            ) from error
+        return ids
 
     def _chunks(self, rollout: Rollout, rows: Tensor) -> Iterator[Tensor]:
         width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedpact.core.lora import LoraLayer
+from fedpact.core.lora import LoraLayer, adapter_shapes
 from fedpact.errors import ConfigError
 from fedpact.settings import LoraSettings
 from fedpact.types import Adapter
@@ -167,12 +167,14 @@ def peft_config(layers: list[LoraLayer], lora: LoraSettings, *, base: str) -> di
 
 def read_peft_adapter(folder: Path, layers: list[LoraLayer], *, where: str) -> Adapter:
     """An adapter that PEFT saved, if it is plain LoRA of just these layers, rank and scale. Raises ConfigError."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        config: Mapping[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        config: Mapping[str, Any] = dict(json.loads((folder / "adapter_config.json").read_text()))
         adapter: Adapter = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+        rank, alpha = int(config.get("r", 0)), float(config.get("lora_alpha", 0))
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{where}: {folder} is no PEFT adapter folder ({error})") from error
     unsupported = [
         name
@@ -183,9 +185,20 @@ def read_peft_adapter(folder: Path, layers: list[LoraLayer], *, where: str) -> A
         raise ConfigError(
             f"{where}: {folder} uses {unsupported or 'another PEFT method'}; expected plain LoRA without bias"
         )
-    rank = int(config["r"])
-    scale = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    scale = alpha / max(1, rank) ** (0.5 if config.get("use_rslora") else 1)
     expected = {(layer.r, layer.scale) for layer in layers}
     if {(rank, scale)} != expected:
         raise ConfigError(f"{where}: {folder} has rank and scale {(rank, scale)}; policy.lora says {sorted(expected)}")
+    shapes = adapter_shapes(layers)
+    odd = list(adapter.keys() ^ shapes.keys())
+    odd += [name for name in adapter.keys() & shapes.keys() if tuple(adapter[name].shape) != shapes[name]]
+    if odd:
+        found = tuple(adapter[min(odd)].shape) if min(odd) in adapter else "nothing"
+        raise ConfigError(
+            f"{where}: {folder} has {found} for {min(odd)}, expected {shapes.get(min(odd), 'nothing')}; "
+            "policy.lora.target_modules has to name the layers that it adapts"
+        )
+    broken = sorted(name for name, tensor in adapter.items() if not bool(tensor.isfinite().all()))
+    if broken:
+        raise ConfigError(f"{where}: {folder}: {broken[0]} is not finite; expected an adapter that was trained well")
     return {name: tensor.float() for name, tensor in adapter.items()}

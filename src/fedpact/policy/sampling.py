@@ -29,4 +29,5 @@ def inverse_cdf_sample(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     total = cdf[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(uniforms.to(cdf)[:, None] * total, below)
-    return torch.searchsorted(cdf, target, right=True)[:, 0]
+    tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
+    return tokens.clamp(max=cdf.shape[1] - 1)  # NaN sorts past the end; the caller sees it in the log-probs

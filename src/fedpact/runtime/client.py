@@ -14,6 +14,7 @@ from fedpact.policy.lora_policy import LoraPolicy
 from fedpact.rewards.load import LoadedReward, RewardSet
 from fedpact.runtime.config import ClientConfig
 from fedpact.runtime.contract import Contract, default_weights
+from fedpact.runtime.files import storing
 from fedpact.seeding import permutation
 from fedpact.types import Memory, Prompts, ScaleRewards
 
@@ -72,7 +73,7 @@ class ClientSide:
 
     def log(self, **metrics: float) -> None:
         line = {"round": self._round, "exchange": self._exchange, **metrics}
-        with self._log_path.open("a", encoding="utf-8") as stream:
+        with storing(self._log_path), self._log_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def _shuffle(self, lap: int) -> list[int]:

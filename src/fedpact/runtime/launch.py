@@ -18,6 +18,7 @@ from fedpact.policy.model import peft_config, read_peft_adapter
 from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import contract_hash, contract_of
 from fedpact.runtime.engines import Skeleton, skeleton
+from fedpact.runtime.files import json_line
 from fedpact.runtime.run import Observer, Run, Start
 from fedpact.runtime.store import RunFolder
 from fedpact.runtime.toml import validated
@@ -60,6 +61,7 @@ def start(
                 "name": run.name,
                 "label": label or str(config.algorithm.model_dump().get("name")),
                 "config": config.dump(),
+                "config_sha256": _digest(config.dump()),
                 "folder": str(folder.resolve()),
                 "contract": run.hash,
                 "model": {"path": str(begin.model.path), "sha256": begin.model.sha256},
@@ -80,6 +82,7 @@ def resume(out: Path, *, make: TransportMaker, observer: Observer) -> None:
     with RunFolder.open(out) as store:
         record = store.read_run()
         config, folder = recorded(record, out)
+        torch.set_num_threads(int(record["threads"]))  # another number would give other bytes
         begin = prepared(config, folder, where=str(out / "run.json"))
         if begin.model.sha256 != record["model"]["sha256"]:
             raise StoreError(
@@ -101,9 +104,16 @@ def resume(out: Path, *, make: TransportMaker, observer: Observer) -> None:
 def recorded(record: Mapping[str, Any], out: Path) -> tuple[RunConfig, Path]:
     """The configuration in a run.json, and the folder of the run file. Raises StoreError."""
     try:
+        if _digest(record["config"]) != record["config_sha256"]:
+            raise StoreError(f"{out / 'run.json'}: the configuration has changed since the run began; put it back")
         return validated(RunConfig, record["config"], where=str(out / "run.json")), Path(record["folder"])
     except (ConfigError, KeyError, TypeError) as error:
         raise StoreError(f"{out / 'run.json'}: not understood ({error}); restore it from a copy") from error
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a dumped configuration, the parts that are in no contract included."""
+    return hashlib.sha256(json_line(config)).hexdigest()
 
 
 def client_digests(config: RunConfig, folder: Path) -> dict[str, str]:

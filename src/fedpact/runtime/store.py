@@ -26,7 +26,8 @@ __all__ = ["Checkpoint", "RunFolder", "Spool"]
 
 _ROUND_FILES = {"adapter_model.safetensors", "adapter_config.json", "memory.safetensors", "state.json", "metrics.jsonl"}
 _UNPUBLISHED = ("critic/", "control/", "private/")
-_NOTHING_YET = {".lock", ".run.json.tmp"}
+_NOTHING_YET = {".lock", ".run.json.tmp", "clients", "ledger.jsonl"}
+"""What a process leaves that was killed before it wrote run.json: there is no round, and nobody has been asked."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,7 +225,10 @@ class RunFolder:
 
     def _refuse_contents(self) -> None:
         with storing(self.path):
-            if self.path.exists() and (not self.path.is_dir() or {p.name for p in self.path.iterdir()} - _NOTHING_YET):
+            if not self.path.exists():
+                return
+            names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else {self.path.name}
+            if names and (names - _NOTHING_YET or ".lock" not in names):  # without the lock it is not ours
                 raise ConfigError(f"{self.path}: exists already; continue it with {self._resume}, or name another")
 
     def _acquire(self) -> None:
