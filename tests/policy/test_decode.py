@@ -131,3 +131,32 @@ def test_the_prompt_keeps_its_end_when_it_is_too_long(model_folders: dict[str, P
     rollout = policy.generate(PROMPTS, draw=0)
     assert policy.base.tokenizer.decode(rollout.prompt_ids[0].tolist()) == "w2 w3"
     assert replace(rollout).prompt_ids.shape[1] == 2
+
+
+def test_sampling_in_small_batches_draws_the_same(model_folders: dict[str, Path]) -> None:
+    whole = make_policy(model_folders["llama"])
+    small = make_policy(model_folders["llama"], options=EngineOptions(micro_batch_tokens=1))
+    adapter = random_adapter(whole)
+    rollouts = []
+    for policy in (whole, small):
+        policy.load(adapter)
+        rollouts.append(policy.generate(PROMPTS, draw=0))
+    assert rollouts[0].completions == rollouts[1].completions
+    assert torch.equal(rollouts[0].mask, rollouts[1].mask)
+    torch.testing.assert_close(rollouts[0].logprobs, rollouts[1].logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_small_adapter_is_not_rounded_away_in_bfloat16(model_folders: dict[str, Path], kind: str) -> None:
+    policy = make_policy(model_folders[kind], dtype="bfloat16")
+    policy.load(random_adapter(policy, size=1e-2))
+    ids, mask = torch.tensor([[3, 4, 5]]), torch.ones(1, 3, dtype=torch.bool)
+    with torch.no_grad():
+        policy.decoder.prefill(ids, mask, 1)
+        assert isinstance(policy.decoder, LlamaDecoder)
+        layer, x = policy.decoder.layers[0].down, torch.randn(1, 1, 48).bfloat16()
+        module = policy.bank.modules["model.layers.0.mlp.down_proj"]
+        low_rank = (layer.low_rank[0][0], layer.low_rank[0][1])
+        expected = x.float() @ (module.b[0] * module.scale[0] @ module.a[0]).T
+        torch.testing.assert_close(x.float() @ low_rank[0].T @ low_rank[1].T, expected)
+        torch.testing.assert_close(layer(x), module(x), atol=0.05, rtol=0.02)

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from fedpact.core.lora import adapter_shapes, flatten, initial_adapter, unflatten
 from fedpact.errors import ConfigError
+from fedpact.policy.lora_policy import EngineOptions
 from fedpact.policy.model import lora_layers, model_hash, resolve, skeleton_layers
 from fedpact.settings import LoraSettings, OptimizerSettings
+from tests.conftest import config, tokenizer
 from tests.policy.helpers import LORA, PROMPTS, make_policy, random_adapter, random_advantages
 
 
@@ -134,3 +137,38 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
         resolve(str(tmp_path), where="run.toml")
     with pytest.raises(ConfigError, match="no folder"):
         resolve("./nowhere", where="run.toml")
+
+
+def test_nothing_of_one_members_request_is_left_for_the_next(model_folders: dict[str, Path]) -> None:
+    policy = make_policy(model_folders["llama"])
+    policy.load(random_adapter(policy))
+    policy.step(torch.ones(policy.bank.num_parameters))
+    policy.begin(0, "another member")
+    assert float(policy.bank.theta.abs().max()) == 0.0
+    assert policy.optimizer() == {}
+
+
+def test_dropout_stays_off_when_checkpointing_needs_training_mode(tmp_path: Path) -> None:
+    shape = config("llama")
+    shape.attention_dropout = 0.5
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    policy = make_policy(tmp_path, options=EngineOptions(gradient_checkpointing=True))
+    rollout = policy.generate(PROMPTS, draw=0)
+    policy.gradients(rollout, random_advantages(1, len(rollout.mask)))
+    assert policy.sampler_gap < 1e-4
+
+
+def test_layers_that_lose_the_sequences_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = OPTConfig(
+        vocab_size=61, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    policy = make_policy(tmp_path)
+    rollout = policy.generate(PROMPTS, draw=0)
+    with pytest.raises(ConfigError, match=r"target_modules: layer \S*fc\d gets inputs .* one row a sequence"):
+        policy.gradients(rollout, random_advantages(1, len(rollout.mask)))

@@ -116,11 +116,18 @@ def test_a_change_that_is_too_large_is_shortened() -> None:
     torch.testing.assert_close(total, torch.full((12,), 12**-0.5))
 
 
-def test_figures_of_few_completions_are_withheld() -> None:
-    few = Evaluated(weight=3.0, rewards=torch.zeros(2), counts=torch.tensor([3, 0]), accuracy=0.0)
+def test_the_scarcest_held_out_mean_decides_whether_figures_leave() -> None:
+    few = Evaluated(weight=9.0, rewards=torch.zeros(2), counts=torch.tensor([9, 3]), accuracy=0.0)
     gate(min_samples=3).leave(Evaluate(SENT), few)
-    with pytest.raises(RefusedError, match=r"site.min_samples: figures rest on 3 completions, expected 4"):
+    with pytest.raises(RefusedError, match=r"site\.min_samples: figures rest on 3 completions, expected 4"):
         gate(min_samples=4).leave(Evaluate(SENT), few)
+    unmeasured = replace(few, counts=torch.tensor([9, 0]))
+    gate(min_samples=4).leave(Evaluate(SENT), unmeasured)
+
+
+def test_a_change_that_cannot_be_measured_is_not_let_past_the_clip() -> None:
+    with pytest.raises(RefusedError, match="control/x has no counterpart"):
+        gate(clip_norm=1.0).leave(Train(SENT), reply(adapter={**reply().adapter, "control/x": torch.ones(1)}))
 
 
 def test_a_members_weight_is_capped_by_its_gate() -> None:
@@ -144,6 +151,7 @@ def test_a_site_accepts_the_pinned_contract_only() -> None:
         ({"max_local_steps": 1}, {}, "site.max_local_steps: the run asks for 4, allowed are 1"),
         ({"max_completion_length": 9}, {}, "site.max_completion_length: the run asks for 256"),
         ({"max_learning_rate": 1e-6}, {}, "site.max_learning_rate: the run asks for 1e-05"),
+        ({"max_local_steps": 7}, {"training": {"num_iterations": 2}}, "the run asks for 8, allowed are 7"),
     ],
 )
 def test_a_ceiling_refuses_and_names_itself(ceiling: dict[str, Any], contract: dict[str, Any], message: str) -> None:

@@ -82,6 +82,8 @@ def test_an_unknown_key_is_named_with_the_valid_ones(tmp_path: Path) -> None:
         ("objectives.brief.primary=true", "objectives: ['correct', 'brief'] are all primary; expected one at most"),
         ("algorithm.preference={ corect = 1 }", "['corect'] are no objectives; there are ['correct', 'brief']"),
         ('federation.trust="secret"', "federation.trust: found 'secret'; input should be 'robust'"),
+        ("objectives.accuracy={}", "objectives: 'accuracy' is what the primary objective's mean is called"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate: found inf; input should be a finite number"),
         ("rounds", "expected key=value, such as algorithm.beta=0.1"),
         ("rounds.x=1", "rounds is not a table"),
     ],
@@ -103,6 +105,12 @@ def test_fedmoa_needs_a_primary_objective(tmp_path: Path) -> None:
     path = write(tmp_path / "run.toml", RUN.replace("{ primary = true }", "{}"))
     load_run(path)
     assert "algorithm 'fedmoa' needs a primary objective" in error(path, 'algorithm={ name = "fedmoa" }')
+
+
+def test_a_floor_must_leave_room_for_every_objective(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.toml", RUN.replace("brief = {}", "brief = {}\nthird = {}"))
+    message = error(path, 'algorithm={ name = "fedmoa", weight_floor = 0.4 }')
+    assert "algorithm.weight_floor: found 0.4 for 3 objectives; expected below 1/3" in message
 
 
 def test_a_configuration_survives_being_written_down(tmp_path: Path) -> None:

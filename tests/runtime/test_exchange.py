@@ -16,6 +16,7 @@ from fedpact.runtime.codec import decode, encode
 from fedpact.runtime.envelope import Envelope, wrap
 from fedpact.runtime.exchange import Round, mean_reply
 from fedpact.runtime.ledger import Ledger
+from fedpact.runtime.run import pooled
 from fedpact.runtime.spool import Spool
 from fedpact.runtime.transport import Failure
 
@@ -157,3 +158,12 @@ def test_figures_that_are_not_finite_stay_out_of_the_metrics(tmp_path: Path) -> 
     one = one_round(ScriptedTransport({}), tmp_path)
     one.log("a", {"x": 1.0, "y": NAN, "z": float("inf")})
     assert one.metrics == [{"round": 3, "who": "a", "key": "x", "value": 1.0}]
+
+
+def test_held_out_means_are_pooled_by_what_each_member_measured() -> None:
+    one = Evaluated(weight=100.0, rewards=torch.tensor([1.0, 1.0]), counts=torch.tensor([100, 1]), accuracy=1.0)
+    two = Evaluated(weight=100.0, rewards=torch.tensor([0.0, 0.0]), counts=torch.tensor([100, 99]), accuracy=0.0)
+    silent = Evaluated(weight=50.0, rewards=torch.tensor([NAN, NAN]), counts=torch.tensor([0, 0]), accuracy=None)
+    mean = pooled([one, two, silent])
+    torch.testing.assert_close(mean.rewards, torch.tensor([0.5, 0.01]))
+    assert pooled([silent]).rewards.isnan().all()

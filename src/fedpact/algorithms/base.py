@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -21,10 +21,13 @@ class Algorithm(BaseModel, ABC):
     `name: Literal["its-name"] = "its-name"` and its settings as further fields.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Of the run: "primary" (a primary objective, at every member), "tasks" (each member names its task)."""
+
+    def check(self, objectives: Sequence[str]) -> None:
+        """Raise ValueError, naming the setting, if these settings do not go with the run's objectives."""
 
     @abstractmethod
     def server(self, adapter: Adapter, server: Server) -> Adapter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -44,6 +44,13 @@ class FedMOA(Algorithm):
     """Small values leave the average to the most accurate."""
     task_share: float = Field(default=0.5, ge=0, le=1)
     """How much of its own task's adapter a member starts from, the rest being the global one. 0: global only."""
+
+    def check(self, objectives: Sequence[str]) -> None:
+        if self.weight_floor * len(objectives) >= 1:
+            raise ValueError(
+                f"algorithm.weight_floor: found {self.weight_floor} for {len(objectives)} objectives; "
+                f"expected below 1/{len(objectives)}"
+            )
 
     # --- server -----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -35,6 +36,11 @@ class FIRM(Algorithm):
     normalise: Literal["trace", "rows"] = "trace"
     """"trace" as the paper; "rows" gives every objective's gradient unit length first."""
 
+    def check(self, objectives: Sequence[str]) -> None:
+        unknown = sorted(set(self.preference or {}) - set(objectives))
+        if unknown:
+            raise ValueError(f"algorithm.preference: {unknown} are no objectives; there are {list(objectives)}")
+
     def server(self, adapter: Adapter, server: Server) -> Adapter:
         return server.mean(Train(adapter)).adapter
 
@@ -45,6 +51,8 @@ class FIRM(Algorithm):
             jacobian = client.policy.gradients(batch.rollout, batch.advantages)
             present = jacobian.present & client.present
             weights = regularised_min_norm(jacobian.gramian, prior, self.beta, present, normalise=self.normalise)
+            if not bool(present.any()):
+                weights = prior  # no objective says anything; the KL term, if there is one, still pulls
             client.log(dropped_objectives=float((present & ~kept_rows(jacobian.gramian, present)).sum()))
             client.policy.step(jacobian.combine(self.of_raw_rows(weights, jacobian.gramian)))
             tally.add(batch, weights)

@@ -68,8 +68,11 @@ def resume(out: Path) -> None:
     """Go on with a run."""
     record = RunFolder(out).read_run()
     config, _ = launch.recorded(record, out)
-    progress = Progress(config.rounds)
-    launch.resume(out, make=resumed_transport, observer=progress)
+    now = launch.versions()
+    changed = [f"{name} {old} -> {now.get(name)}" for name, old in record["versions"].items() if now.get(name) != old]
+    if changed:
+        print(f"versions differ from those that the run began with, and so may its bytes: {', '.join(changed)}")
+    launch.resume(out, make=resumed_transport, observer=Progress(config.rounds))
     _finish(out)
 
 
@@ -91,31 +94,32 @@ def status(out: Path, *, as_json: bool) -> None:
 def evaluate(out: Path, *, as_json: bool) -> None:
     """The last committed adapter at every member, now; nothing is recorded."""
     store = RunFolder(out)
-    config, folder = launch.recorded(store.read_run(), out)
+    config, folder, begin = launch.begun(store.read_run(), out)
     latest = store.latest_round()
     if latest is None:
         raise StoreError(f"{out}: no round is committed yet; `fedpact resume {out}`")
-    begin = launch.prepared(config, folder, where=str(out / "run.json"))
     adapter = store.load(latest).adapter
     scratch = Path(tempfile.mkdtemp(prefix="fedpact-"))
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
     try:
         clients = folder / config.simulation.clients
         members = local_members(clients, home=scratch, model=begin.model.path, engines=Engines())
         check_members(config, members, begin.model)
-        for name, member in members.items():
-            rewards = member.evaluate(Evaluate(adapter, config.evaluation.greedy)).rewards.tolist()
-            results[name] = {
-                key: value for key, value in zip(config.objectives, rewards, strict=True) if value == value
-            }
+        for way in ("sampled", "greedy") if config.evaluation.greedy else ("sampled",):
+            results[way] = {}
+            for name, member in members.items():
+                rewards = member.evaluate(Evaluate(adapter, greedy=way == "greedy")).rewards.tolist()
+                figures = {key: value for key, value in zip(config.objectives, rewards, strict=True) if value == value}
+                results[way][name] = figures
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if as_json:
-        print(json.dumps({"round": latest, "members": results}, indent=2))
+        print(json.dumps({"round": latest, **results}, indent=2))
         return
-    print(f"round {latest}, held-out means")
-    for name, figures in results.items():
-        print(f"  {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+    for way, found in results.items():
+        print(f"round {latest}, held-out means, {way}")
+        for name, figures in found.items():
+            print(f"  {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
 
 
 def report(folders: Sequence[Path], out: Path | None) -> None:

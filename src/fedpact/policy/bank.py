@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedpact.core.lora import LoraLayer, adapter_shapes, blocks, flatten, unflatten
+from fedpact.errors import ConfigError
 from fedpact.types import Adapter
 
 
@@ -51,6 +52,7 @@ class Bank:
             self._view(layer.b_name, (layer.out_features, layer.r)),
             torch.full((self.size, layer.r), layer.scale, dtype=self.theta.dtype, device=self.theta.device),
             self,
+            layer.name,
         )
         setattr(parent, child, module)
         return module
@@ -109,11 +111,11 @@ class Bank:
 class LoraLinear(nn.Module):
     """A frozen linear layer plus its adapters' share; the base layer is called, never rewritten."""
 
-    def __init__(self, base: nn.Module, a: Tensor, b: Tensor, scale: Tensor, bank: Bank) -> None:
+    def __init__(self, base: nn.Module, a: Tensor, b: Tensor, scale: Tensor, bank: Bank, name: str) -> None:
         super().__init__()
         self.base = base
         self.a, self.b, self.scale = a, b, scale  # [K, r, d_in], [K, d_out, r], [K, r]
-        self.bank = bank
+        self.bank, self.name = bank, name
         self.record: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [K * n, t, d_in] -> [K * n, t, d_out]
@@ -125,6 +127,11 @@ class LoraLinear(nn.Module):
             k = self.a.shape[0]
             delta = ((h.reshape(k, -1, h.shape[-1]) @ self.a.mT) * self.scale[:, None]) @ self.b.mT
             return y + delta.view(y.shape).to(y.dtype)
+        if h.ndim != 3 or h.shape[0] != self.record[0].shape[0] * self.record[0].shape[2]:
+            raise ConfigError(
+                f"policy.lora.target_modules: layer {self.name} gets inputs {list(h.shape)}, expected one row a "
+                "sequence; name other layers (routed experts and flattened batches cannot be trained here)"
+            )
         delta = _Lora.apply(h, self.a, self.b, self.scale, *self.record)  # type: ignore[no-untyped-call]
         result: Tensor = y + delta.to(y.dtype)
         return result

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpact.errors import FedPactError
@@ -62,7 +63,7 @@ def complete(
     """
     n, device = len(prompt_ids) * group_size, prompt_ids.device
     banned = pad_id if pad_id not in eos_ids else None
-    ends = torch.tensor(list(eos_ids), device=device)
+    ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
     ids = torch.full((n, max_length), pad_id, device=device)
     logprobs = torch.zeros(n, max_length, device=device)
     mask = torch.zeros(n, max_length, dtype=torch.bool, device=device)
@@ -94,6 +95,21 @@ def complete(
     if not bool(logprobs.isfinite().all()):
         raise FedPactError("the model's log-probs are not finite: training has diverged; lower optimizer.learning_rate")
     return Completions(ids[:, :length], logprobs[:, :length], mask[:, :length], ~finished)
+
+
+def joined(parts: Sequence[Completions], *, pad_id: int) -> Completions:
+    """Batches of completions as one, padded to the longest."""
+    length = max(part.ids.shape[1] for part in parts)
+
+    def wide(tensor: Tensor, value: float) -> Tensor:
+        return F.pad(tensor, (0, length - tensor.shape[1]), value=value)
+
+    return Completions(
+        ids=torch.cat([wide(part.ids, pad_id) for part in parts]),
+        logprobs=torch.cat([wide(part.logprobs, 0.0) for part in parts]),
+        mask=torch.cat([wide(part.mask, False) for part in parts]),
+        truncated=torch.cat([part.truncated for part in parts]),
+    )
 
 
 class TransformersDecoder:

@@ -1,8 +1,8 @@
 """A fused decoder for models of the Llama layout: Llama, Mistral, Qwen 2, Qwen 3.
 
-The adapter is merged into a scratch copy of the weights, q, k and v are one product, gate and up another, and
-attention reads only the live part of a preallocated cache. Log-probs equal the model's own up to rounding; the
-policy checks that in every step.
+The adapter is merged into a scratch copy of the weights (in bfloat16 it is kept beside them), q, k and v are one
+product, gate and up another, and attention reads only the live part of a preallocated cache. Log-probs equal the
+model's own up to rounding; the policy checks that in every step.
 """
 
 from __future__ import annotations
@@ -35,15 +35,26 @@ def supports(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Linear:
+    """Some linear layers that read the same input, as one; `low_rank` is what could not be merged into `weight`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    low_rank: tuple[tuple[Tensor, Tensor, slice], ...] = ()  # A [r, d_in], scaled B [d_out, r], where it is added
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        for a, b, place in self.low_rank:
+            y[..., place] += F.linear(F.linear(x.to(a.dtype), a), b).to(y.dtype)
+        return y
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    qkv: _Linear
+    o: _Linear
+    gate_up: _Linear
+    down: _Linear
     input_norm: Tensor
     post_norm: Tensor
     q_norm: Tensor | None
@@ -120,7 +131,7 @@ class LlamaDecoder:
             h = F.rms_norm(x, x.shape[-1:], layer.input_norm, self.eps)
             q, k, v = (
                 part.view(rows, q_len, -1, self.head_dim).transpose(1, 2)
-                for part in torch.split(F.linear(h, layer.qkv, layer.qkv_bias), split, dim=-1)
+                for part in torch.split(layer.qkv(h), split, dim=-1)
             )
             if layer.q_norm is not None and layer.k_norm is not None:
                 q = F.rms_norm(q, q.shape[-1:], layer.q_norm, self.eps)
@@ -128,17 +139,19 @@ class LlamaDecoder:
             keys[:, :, place] = k * cos + _rotate_half(k) * sin
             values[:, :, place] = v
             q = q * cos + _rotate_half(q) * sin
+            # with one new token a row, query heads become rows of their key head's attention: no key is repeated
+            group = self.heads // self.kv_heads if q_len == 1 else 1
             attended = F.scaled_dot_product_attention(
-                q,
+                q.reshape(rows, self.kv_heads, group, self.head_dim) if group > 1 else q,
                 keys[:, :, : place.stop],
                 values[:, :, : place.stop],
                 attn_mask=attend,
-                enable_gqa=self.heads != self.kv_heads,
-            )
-            x = x + F.linear(attended.transpose(1, 2).reshape(rows, q_len, -1), layer.o, layer.o_bias)
+                enable_gqa=group == 1 and self.heads != self.kv_heads,
+            ).reshape(rows, self.heads, q_len, self.head_dim)
+            x = x + layer.o(attended.transpose(1, 2).reshape(rows, q_len, -1))
             h = F.rms_norm(x, x.shape[-1:], layer.post_norm, self.eps)
-            gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+            gate, up = layer.gate_up(h).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
         decoder = self.model.model
         last = F.rms_norm(x[:, -1], x.shape[-1:], decoder.norm.weight, self.eps)
         logits: Tensor = self.model.lm_head(last)
@@ -154,10 +167,10 @@ class LlamaDecoder:
             attention, mlp = block.self_attn, block.mlp
             self.layers.append(
                 _Layer(
-                    *_fused(attention.q_proj, attention.k_proj, attention.v_proj),
-                    *_fused(attention.o_proj),
-                    *_fused(mlp.gate_proj, mlp.up_proj),
-                    *_fused(mlp.down_proj),
+                    _fused(attention.q_proj, attention.k_proj, attention.v_proj),
+                    _fused(attention.o_proj),
+                    _fused(mlp.gate_proj, mlp.up_proj),
+                    _fused(mlp.down_proj),
                     block.input_layernorm.weight,
                     block.post_attention_layernorm.weight,
                     getattr(getattr(attention, "q_norm", None), "weight", None),
@@ -172,18 +185,25 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
-def _fused(*linears: Any) -> tuple[Tensor, Tensor | None]:
-    """The stacked weights of some layers with their adapters added, and their stacked biases."""
-    weights, biases = zip(*(_merged(linear) for linear in linears), strict=True)
-    bias = None if biases[0] is None else torch.cat(biases)
-    return (torch.cat(weights) if len(weights) > 1 else weights[0]), bias
-
-
-def _merged(linear: Any) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(linear, LoraLinear):
-        return linear.weight, linear.bias
-    base: Any = linear.base
-    if not linear.bank.enabled:
-        return base.weight, base.bias
-    delta = (linear.b[0] * linear.scale[0]) @ linear.a[0]
-    return (base.weight.to(delta.dtype) + delta).to(base.weight.dtype), base.bias
+def _fused(*linears: Any) -> _Linear:
+    """The stacked layers, adapters included: merged in full precision, where nothing is rounded away, else beside."""
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    low_rank: list[tuple[Tensor, Tensor, slice]] = []
+    start = 0
+    for linear in linears:
+        base: Any = linear.base if isinstance(linear, LoraLinear) else linear
+        weight: Tensor = base.weight
+        stop = start + weight.shape[0]
+        if isinstance(linear, LoraLinear) and linear.bank.enabled:
+            a, b = linear.a[0], linear.b[0] * linear.scale[0]
+            if weight.dtype == a.dtype:
+                weight = weight + b @ a
+            else:
+                low_rank.append((a, b, slice(start, stop)))
+        weights.append(weight)
+        if base.bias is not None:
+            biases.append(base.bias)
+        start = stop
+    bias = torch.cat(biases) if biases else None
+    return _Linear(torch.cat(weights) if len(weights) > 1 else weights[0], bias, tuple(low_rank))

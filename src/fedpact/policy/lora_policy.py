@@ -11,26 +11,29 @@ from torch import Tensor
 
 from fedpact.core.lora import LoraLayer
 from fedpact.core.losses import GroupLoss
-from fedpact.errors import DataError, FedPactError
+from fedpact.errors import FedPactError
 from fedpact.policy.bank import Bank
-from fedpact.policy.decode import Decoder, TransformersDecoder, complete
+from fedpact.policy.decode import Decoder, TransformersDecoder, complete, joined
 from fedpact.policy.gradients import FlatJacobian, objective_gradients
 from fedpact.policy.llama import LlamaDecoder, supports
 from fedpact.policy.model import BaseModel, enable_checkpointing
+from fedpact.policy.prompts import encoded_prompts
 from fedpact.policy.sampling import token_logprobs
 from fedpact.protocols import Loss
 from fedpact.seeding import key, uniforms
 from fedpact.settings import LossSettings, OptimizerSettings, RolloutSettings
-from fedpact.types import Adapter, Direction, Memory, Message, Prompts, Rollout, Text
+from fedpact.types import Adapter, Direction, Memory, Prompts, Rollout
 
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.5}
+_SAMPLING = 16
+"""Sampling keeps keys and values and no activations, so that this many times the tokens of a micro-batch fit."""
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """What a member may choose for itself, because it changes speed and memory and not the mathematics."""
 
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = 4096
     """Prompt and completion tokens in one forward and backward pass."""
     gradient_checkpointing: bool = False
     fused_decoder: bool = True
@@ -81,6 +84,9 @@ class LoraPolicy:
         """Key all that follows by (run seed, round, exchange, who); called by the runtime before each request."""
         self.seed = key(*parts)
         self.sampler_gap = 0.0
+        self.bank.theta.zero_()  # nothing of another member's request
+        self.bank.version += 1
+        self._fresh, self._optimizer = None, self._new_optimizer()
 
     def load(self, adapter: Adapter, *, optimizer: Memory | None = None) -> None:
         self.bank.load(adapter)
@@ -106,19 +112,30 @@ class LoraPolicy:
     ) -> Rollout:
         settings = self.rollout_settings
         group_size = 1 if greedy else num_generations or settings.num_generations
-        prompt_ids, prompt_mask = self._encode(prompts.text)
-        n, limit = len(prompts) * group_size, settings.max_completion_length
-        completions = complete(
-            self.decoder,
-            prompt_ids,
-            prompt_mask,
-            group_size=group_size,
-            max_length=limit,
-            temperature=settings.temperature,
-            uniforms=None if greedy else uniforms(key(self.seed, draw), n, limit),
-            pad_id=self.base.pad_id,
-            eos_ids=self.base.eos_ids,
+        prompt_ids, prompt_mask = encoded_prompts(
+            self.base.tokenizer, prompts.text, limit=settings.max_prompt_length, pad_id=self.base.pad_id
         )
+        prompt_ids, prompt_mask = prompt_ids.to(self.device), prompt_mask.to(self.device)
+        limit = settings.max_completion_length
+        draws = None if greedy else uniforms(key(self.seed, draw), len(prompts) * group_size, limit)
+        room = _SAMPLING * self.options.micro_batch_tokens // (group_size * (prompt_ids.shape[1] + limit))
+        parts = []
+        for rows in torch.split(torch.arange(len(prompts)), max(1, room)):
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            parts.append(
+                complete(
+                    self.decoder,
+                    prompt_ids[start:stop],
+                    prompt_mask[start:stop],
+                    group_size=group_size,
+                    max_length=limit,
+                    temperature=settings.temperature,
+                    uniforms=None if draws is None else draws[start * group_size : stop * group_size],
+                    pad_id=self.base.pad_id,
+                    eos_ids=self.base.eos_ids,
+                )
+            )
+        completions = joined(parts, pad_id=self.base.pad_id)
         texts = self.base.tokenizer.batch_decode(
             [ids[mask].tolist() for ids, mask in zip(completions.ids, completions.mask, strict=True)],
             skip_special_tokens=True,
@@ -199,42 +216,6 @@ class LoraPolicy:
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
         )
-
-    def _encode(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
-        tokenizer = self.base.tokenizer
-        limit = self.rollout_settings.max_prompt_length
-        rows: list[list[int]] = []
-        for text in texts:
-            if isinstance(text, str):
-                ids = tokenizer(text)["input_ids"]
-            elif tokenizer.chat_template is None:
-                raise DataError(
-                    "the prompts are chats and the model has no chat template; give it plain texts, or a template"
-                )
-            else:
-                ids = self._chat_ids(text)
-            if not ids:
-                raise DataError(f"prompt {str(text)[:60]!r} has no tokens; give the model something to continue")
-            rows.append(ids if limit is None else ids[-limit:])
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.base.pad_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.tensor(row)
-            mask[i, width - len(row) :] = True
-        return ids.to(self.device), mask.to(self.device)
-
-    def _chat_ids(self, chat: list[Message]) -> list[int]:
-        try:
-            ids: list[int] = self.base.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # a template may raise on roles that it does not know
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise DataError(
-                f"prompt {str(chat)[:60]!r} does not fit the model's chat template ({reason[:160]}); change its roles"
-            ) from error
-        return ids
 
     def _chunks(self, rollout: Rollout, rows: Tensor) -> Iterator[Tensor]:
         width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]

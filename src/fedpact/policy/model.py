@@ -92,10 +92,20 @@ def load_model(path: Path, *, where: str, dtype: Dtype = "float32", device: str 
     if pad is None:
         pad = eos_ids[0] if eos_ids else 0
     tokenizer.padding_side = "left"
-    for module in model.modules():
+    for module in model.modules():  # gradient checkpointing needs train(), and train() must not change the numbers
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # gradient checkpointing needs train(), and train() must not change the numbers
-    return BaseModel(path, model.to(device).requires_grad_(False).eval(), tokenizer, int(pad), eos_ids)
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)  # attention hands its own to the kernel
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{where}: model.device: {device!r} cannot be used ({reason[:120]}); expected auto, cpu or cuda"
+        ) from error
+    return BaseModel(path, model.requires_grad_(False).eval(), tokenizer, int(pad), eos_ids)
 
 
 def enable_checkpointing(model: Any) -> None:

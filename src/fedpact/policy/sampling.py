@@ -25,7 +25,8 @@ def inverse_cdf_sample(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     The first token whose cumulative probability exceeds u. The sum may end below 1 in floating point, so u is scaled
     by it and kept strictly below: a token of probability zero is never drawn, not even at u = 1 - 2^-24.
     """
-    cdf = logprobs.exp().cumsum(-1)
+    # a parallel float32 scan on a GPU is not monotone over large vocabularies
+    cdf = logprobs.exp().cumsum(-1, dtype=torch.float64 if logprobs.is_cuda else None)
     total = cdf[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(uniforms.to(cdf)[:, None] * total, below)

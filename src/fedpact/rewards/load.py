@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedpact.errors import FedPactError, RewardError
+from fedpact.rewards.modules import module_of_file, public_names
 from fedpact.types import Prompts
 
 _GIVEN = ("prompts", "completions")
@@ -111,7 +108,7 @@ def load_reward(
     module = _module(module_name, where, folder or Path())
     target = getattr(module, name, None)
     if not callable(target):
-        found = ", ".join(_public(module)) or "no functions"
+        found = ", ".join(public_names(module)) or "no functions"
         raise RewardError(f"{where}.use: {module_name} has no function or class {name!r}; it has {found}")
     return LoadedReward(use, where, _bound(target, kwargs, where, use), timeout_s)
 
@@ -121,41 +118,11 @@ def _module(name: str, where: str, folder: Path) -> ModuleType:
     if name.endswith(".py") and not path.is_file():
         raise RewardError(f"{where}.use: no file {path}; expected a path relative to the member's file")
     try:
-        return _module_of_file(path) if name.endswith(".py") else importlib.import_module(name)
+        return module_of_file(path) if name.endswith(".py") else importlib.import_module(name)
     except Exception as error:
         lacking = isinstance(error, ModuleNotFoundError) and error.name is not None and name.startswith(error.name)
         remedy = "install the package, or write 'file.py:name' for a file of your own" if lacking else "mend it"
         raise RewardError(f"{where}.use: cannot import {name}: {_described(error)}; {remedy}") from error
-
-
-def _module_of_file(path: Path) -> ModuleType:
-    """The file as a module under a name of its own, so that two members may both have a `rewards.py`."""
-    digest = hashlib.sha256(str(path.resolve()).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
-    name = f"fedpact_member_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path, loader=_SourceLoader(name, str(path)))
-    assert spec is not None and spec.loader is not None  # the name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before execution: dataclasses and pickle look the module up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-class _SourceLoader(SourceFileLoader):
-    """Compiles what the file says now, and leaves no __pycache__ beside it."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
-def _public(module: ModuleType) -> list[str]:
-    own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-    return sorted(n for n in getattr(module, "__all__", own) if not n.startswith("_"))
 
 
 def _bound(target: Callable[..., Any], kwargs: Mapping[str, Any], where: str, use: str) -> Callable[..., Any]:

@@ -51,7 +51,8 @@ class FederationSettings(Settings):
     min_replies: PositiveInt = 1
     """An exchange with fewer admitted replies fails."""
     timeout_s: PositiveFloat | None = None
-    """An exchange closes after this time. None: when all have answered."""
+    """An exchange closes after this time; in a simulation, where members take turns, each has it for itself. None: it
+    waits for all."""
     trust: Literal["robust"] = "robust"
     """"robust": the server sees single replies. Secret sums are not in this version."""
 
@@ -108,14 +109,14 @@ class RunConfig(Settings):
         primaries = [name for name, objective in self.objectives.items() if objective.primary]
         if len(primaries) > 1:
             raise ValueError(f"objectives: {primaries} are all primary; expected one at most")
+        if "accuracy" in self.objectives:
+            raise ValueError(
+                "objectives: 'accuracy' is what the primary objective's mean is called; choose another name"
+            )
         if "primary" in self.algorithm.needs and not primaries:
             name = getattr(self.algorithm, "name", "")
             raise ValueError(f"objectives: algorithm {name!r} needs a primary objective; mark one with primary = true")
-        unknown = set(getattr(self.algorithm, "preference", None) or {}) - set(self.objectives)
-        if unknown:
-            raise ValueError(
-                f"algorithm.preference: {sorted(unknown)} are no objectives; there are {list(self.objectives)}"
-            )
+        self.algorithm.check(list(self.objectives))
         return self
 
     def dump(self) -> dict[str, Any]:
@@ -135,8 +136,8 @@ class ModelSettings(Settings):
     """"auto" takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the frozen base; the adapter is float32."""
-    micro_batch_tokens: PositiveInt = 16384
-    """Tokens in one forward and backward pass: what bounds the memory."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Tokens in one forward and backward pass, and a sixteenth of those in one batch of sampling: bounds the memory."""
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, about a third more time."""
     fused_decoder: bool = True
@@ -151,6 +152,7 @@ class PromptSettings(Settings):
     heldout: str | None = None
     """Prompts that are never trained on. None: `heldout_share` of `path`."""
     heldout_share: float = Field(default=0.1, gt=0, lt=1)
+    """By a hash of the prompt, so that equal prompts lie on one side."""
     prompt: str = "prompt"
     """The column that holds a text or a chat."""
     template: str | None = None
@@ -190,13 +192,13 @@ class SiteSettings(Settings):
     share: tuple[Literal["rewards", "accuracy", "metrics"], ...] | None = None
     """What may leave beside the adapter. None: rewards and accuracy; everything in a simulation."""
     min_samples: PositiveInt = 1
-    """Refuse to report figures that rest on fewer completions."""
+    """Refuse to report held-out means that rest on fewer completions."""
     clip_norm: PositiveFloat | None = None
     """Shorten a larger change of the adapter to this norm."""
     max_weight: PositiveFloat | None = None
     """Cap of what this member counts in an average."""
     max_local_steps: PositiveInt | None = None
-    """Ceiling, like the following ones."""
+    """Ceiling, like the following ones: local_steps times num_iterations."""
     max_completion_length: PositiveInt | None = None
     max_learning_rate: PositiveFloat | None = None
     max_rounds: PositiveInt | None = None

@@ -88,7 +88,8 @@ class Round:
                 self.metrics.append({"round": self.number, "who": who, "key": key, "value": value})
 
     def _collect(self, number: int, spool: Spool, requests: Mapping[ClientId, Request[R]]) -> list[ClientId]:
-        missing = [client for client in sorted(requests) if client not in spool.received()]
+        received = set(spool.received())
+        missing = [client for client in sorted(requests) if client not in received]
         attempt = 1 if spool.folder.exists() else 0
         envelopes = {client: self._envelope(client, number, attempt, requests[client]) for client in missing}
         for client, envelope in envelopes.items():
@@ -105,7 +106,7 @@ class Round:
                 reply = unwrap(envelope, answer)
                 admit(reply, self.limits)
             except InadmissibleError as error:
-                failures[client] = Failure(str(error), error.exit_code)
+                failures[client] = Failure(str(error))
                 self._note(envelope, client, decision="refused", bytes_in=len(answer))
                 continue
             data = encode(reply)

@@ -37,15 +37,16 @@ class Gate:
                 f"{self.where}: site.accept: {self.site.accept} is accepted; this run's contract is {found}"
             )
         contract = read_contract(canonical)
+        local_steps = contract.algorithm.get("local_steps")
         asked = {
             "max_rounds": contract.rounds,
-            "max_local_steps": contract.algorithm.get("local_steps"),
+            "max_local_steps": local_steps and local_steps * contract.training.num_iterations,
             "max_completion_length": contract.rollout.max_completion_length,
             "max_learning_rate": contract.optimizer.learning_rate,
         }
         for ceiling, value in asked.items():
             limit = getattr(self.site, ceiling)
-            if limit is not None and value is not None and value > limit:
+            if limit is not None and (value is None or value > limit):
                 raise RefusedError(f"{self.where}: site.{ceiling}: the run asks for {value}, allowed are {limit}")
         return contract
 
@@ -64,8 +65,9 @@ class Gate:
         """What of `reply` may leave. Raises RefusedError if none of it may."""
         if isinstance(reply, Averaged):
             reply = replace(reply, weight=min(reply.weight, self.site.max_weight or float("inf")))
-        if isinstance(reply, Evaluated) and 0 < int(reply.counts.max()) < self.site.min_samples:
-            found, wanted = int(reply.counts.max()), self.site.min_samples
+        fewest = _fewest(reply)
+        if fewest is not None and fewest < self.site.min_samples:
+            found, wanted = fewest, self.site.min_samples
             raise RefusedError(
                 f"{self.where}: site.min_samples: figures rest on {found} completions, expected {wanted}"
             )
@@ -75,8 +77,13 @@ class Gate:
 
     def _clipped(self, sent: Adapter, adapter: Adapter) -> Adapter:
         kept = {name: tensor for name, tensor in adapter.items() if not name.startswith("private/")}
-        if self.site.clip_norm is None or kept.keys() != sent.keys():
+        if self.site.clip_norm is None:
             return kept
+        if kept.keys() != sent.keys():
+            odd = sorted(kept.keys() ^ sent.keys())
+            raise RefusedError(
+                f"{self.where}: site.clip_norm: {odd[0]} has no counterpart; expected the tensors asked for"
+            )
         deltas = {name: tensor - sent[name] for name, tensor in kept.items()}
         norm = float(torch.stack([delta.double().norm() for delta in deltas.values()]).norm())
         if norm <= self.site.clip_norm:
@@ -96,3 +103,10 @@ class Gate:
         shared = reply.metrics if "metrics" in self.share else {}
         digits = None if self.simulation else 3
         return replace(reply, metrics={n: v if digits is None else round(v, digits) for n, v in shared.items()})
+
+
+def _fewest(reply: Reply) -> int | None:
+    """The fewest completions that a held-out mean in `reply` rests on; None if it holds none."""
+    if not isinstance(reply, Evaluated) or not bool((reply.counts > 0).any()):
+        return None
+    return int(reply.counts[reply.counts > 0].min())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from fedpact.core.lora import initial_adapter
 from fedpact.errors import ConfigError, StoreError
 from fedpact.policy.model import peft_config, read_peft_adapter
-from fedpact.runtime.config import RunConfig
+from fedpact.runtime.config import RunConfig, load_client
 from fedpact.runtime.contract import contract_hash, contract_of
 from fedpact.runtime.engines import Skeleton, skeleton
 from fedpact.runtime.files import json_line
@@ -77,28 +78,35 @@ def start(
 def resume(out: Path, *, make: TransportMaker, observer: Observer) -> None:
     """Go on with the run in `out` from its last committed round; a finished one only writes its exports again.
 
-    Raises StoreError if the configuration, the model or a checkpoint is not what the run began with.
+    Raises StoreError if the configuration, the model, a client file, its prompts or a checkpoint is not what it was.
     """
     with RunFolder.open(out) as store:
         record = store.read_run()
-        config, folder = recorded(record, out)
-        torch.set_num_threads(int(record["threads"]))  # another number would give other bytes
-        begin = prepared(config, folder, where=str(out / "run.json"))
-        if begin.model.sha256 != record["model"]["sha256"]:
-            raise StoreError(
-                f"{begin.model.path}: this base model hashes to {begin.model.sha256[:12]}, the run began with "
-                f"{record['model']['sha256'][:12]}; put that model back, or start a new run"
-            )
-        if contract_hash(contract_of(config, model=begin.model.sha256).canonical()) != record["contract"]:
-            raise StoreError(f"{out / 'run.json'}: the configuration has changed since the run began; put it back")
+        config, folder, begin = begun(record, out)
         digests = client_digests(config, folder)
         changed = sorted(
             k for k in digests.keys() | record["clients"].keys() if digests.get(k) != record["clients"].get(k)
         )
         if changed:
-            raise StoreError(f"{folder / changed[0]}: this client file has changed since the run began; put it back")
+            what = "client file has" if changed[0].endswith(".toml") else "file of prompts has"
+            raise StoreError(f"{folder / changed[0]}: this {what} changed since the run began; put it back")
         run = Run(store, config, begin, make(config, folder, out, begin.model), observer)
         run.go(run.introduce())
+
+
+def begun(record: Mapping[str, Any], out: Path) -> tuple[RunConfig, Path, Start]:
+    """What a run.json says the run began with, threads included. Raises StoreError if it is no longer so."""
+    config, folder = recorded(record, out)
+    torch.set_num_threads(int(record["threads"]))  # another number would give other bytes
+    begin = prepared(config, folder, where=str(out / "run.json"))
+    if begin.model.sha256 != record["model"]["sha256"]:
+        raise StoreError(
+            f"{begin.model.path}: this base model hashes to {begin.model.sha256[:12]}, the run began with "
+            f"{record['model']['sha256'][:12]}; put that model back, or start a new run"
+        )
+    if contract_hash(contract_of(config, model=begin.model.sha256).canonical()) != record["contract"]:
+        raise StoreError(f"{out / 'run.json'}: the configuration has changed since the run began; put it back")
+    return config, folder, begin
 
 
 def recorded(record: Mapping[str, Any], out: Path) -> tuple[RunConfig, Path]:
@@ -117,9 +125,16 @@ def _digest(config: Mapping[str, Any]) -> str:
 
 
 def client_digests(config: RunConfig, folder: Path) -> dict[str, str]:
-    """SHA-256 of every client file, by its path from the run file's folder."""
-    files: Iterable[Path] = sorted((folder / config.simulation.clients).glob("*.toml"))
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """SHA-256 of every client file and of the prompt files that it names, by path from the run file's folder.
+
+    Reward code is not among them: a member may mend a reward that failed.
+    """
+    files: set[Path] = set()
+    for path in sorted((folder / config.simulation.clients).glob("*.toml")):
+        prompts = load_client(path).prompts
+        named = (path.parent / name for name in (prompts.path, prompts.heldout) if name)
+        files |= {path, *(file for file in named if file.is_file())}
+    return {os.path.relpath(path, folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
 def versions() -> dict[str, str]:

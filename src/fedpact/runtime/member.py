@@ -7,8 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedpact.errors import ConfigError, DataError, RefusedError
+from fedpact.errors import ConfigError, DataError, FedPactError, RefusedError
 from fedpact.messages import Evaluate, Evaluated, Hello, Introduced, Reply, Request
+from fedpact.policy.model import resolve
 from fedpact.rewards.load import LoadedReward, load_reward
 from fedpact.runtime.client import ClientSide
 from fedpact.runtime.codec import decode, encode
@@ -41,7 +42,8 @@ class Member:
         self.gate = Gate(config.site, where=where, simulation=simulation)
         if config.model.path is None and not simulation:
             raise ConfigError(f"{where}: model.path: missing; a member names its own copy of the contract's model")
-        self.model = folder / config.model.path if config.model.path else model
+        own = config.model.path
+        self.model = resolve(own, where=f"{where}: model.path", folder=folder) if own else model
         self.train_prompts, self.heldout = self._prompts(folder)
         self.rewards = {
             name: _loaded(name, reward, where=where, folder=folder) for name, reward in config.rewards.items()
@@ -56,15 +58,25 @@ class Member:
     def handle(self, data: bytes) -> bytes:
         """The answer to an envelope, both as bytes. Raises FedPactError; then nothing is sent."""
         envelope = decode(Envelope, data)
-        self.gate.enter(envelope.verb, envelope.contract, self.accepted)
         digest = envelope.digest()
-        reply = self.store.cached(digest)  # asked again: the same bytes, and nothing is computed or spent twice
-        if reply is None or envelope.verb == Hello.verb:
-            request = envelope.open()
-            if isinstance(request, Hello):
-                reply = encode(self.gate.leave(request, self.hello(request)))
-            else:
-                reply = self._answer(envelope, request, digest)
+        try:
+            self.gate.enter(envelope.verb, envelope.contract, self.accepted)
+            reply = self._reply(envelope, digest)
+        except FedPactError as error:
+            self._note(envelope, digest, data, decision="refused", reason=type(error).__name__)
+            raise
+        sha256 = hashlib.sha256(reply).hexdigest()
+        self._note(envelope, digest, data, decision="sent", reply=sha256, bytes_out=len(reply))
+        return wrap(envelope, reply)
+
+    def _reply(self, envelope: Envelope, digest: str) -> bytes:
+        request = envelope.open()
+        if isinstance(request, Hello):
+            return encode(self.gate.leave(request, self.hello(request)))
+        # asked again: the same bytes, and nothing is computed or spent twice
+        return self.store.cached(digest) or self._answer(envelope, request, digest)
+
+    def _note(self, envelope: Envelope, digest: str, data: bytes, **what: Any) -> None:
         self.ledger.append(
             run=envelope.run,
             round=envelope.round,
@@ -74,12 +86,9 @@ class Member:
             verb=envelope.verb,
             contract=envelope.contract,
             request=digest,
-            reply=hashlib.sha256(reply).hexdigest(),
             bytes_in=len(data),
-            bytes_out=len(reply),
-            decision="sent",
+            **what,
         )
-        return wrap(envelope, reply)
 
     def hello(self, request: Hello) -> Introduced:
         """Accept the contract, or refuse it."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
+
 from fedpact import __version__
-from fedpact.errors import StoreError, TooFewRepliesError
+from fedpact.errors import ConfigError, StoreError, TooFewRepliesError
 from fedpact.messages import Evaluate, Evaluated, Hello, Introduced
 from fedpact.runtime.admission import Limits, admit
 from fedpact.runtime.codec import encode
@@ -57,7 +59,7 @@ class Run:
         self.since: dict[ClientId, Version] = {}
 
     def introduce(self) -> dict[ClientId, Introduced]:
-        """Say hello to everybody. Raises TooFewRepliesError, or the error of a member that refuses the contract."""
+        """Say hello to everybody; who refuses the contract is dropped. Raises TooFewRepliesError or ConfigError."""
         envelopes = {
             client: Envelope(
                 run=self.name,
@@ -90,6 +92,12 @@ class Run:
             raise TooFewRepliesError(
                 f"{len(introduced)} of {len(envelopes)} members said hello, expected at least "
                 f"{self.config.federation.min_replies} (federation.min_replies)"
+            )
+        size, needed = self._cohort_size(len(introduced)), self.config.federation.min_replies
+        if size < needed:
+            raise ConfigError(
+                f"federation.min_replies: found {needed}; with participation {self.config.federation.participation:g} "
+                f"a round asks {size} of {len(introduced)} members; lower one or raise the other"
             )
         return dict(sorted(introduced.items()))
 
@@ -150,8 +158,11 @@ class Run:
         what = {"verb": envelope.verb, "contract": self.hash, "request": envelope.digest(), "decision": decision}
         self.ledger.append(run=self.name, round=0, peer=client, **what)
 
+    def _cohort_size(self, members: int) -> int:
+        return max(1, math.ceil(round(self.config.federation.participation * members, 9)))
+
     def _cohort(self, number: int, names: list[ClientId]) -> list[ClientId]:
-        size = max(1, math.ceil(self.config.federation.participation * len(names)))
+        size = self._cohort_size(len(names))
         order = permutation(len(names), self.config.seed, number, "cohort")
         return sorted(names[i] for i in order[:size])
 
@@ -161,7 +172,7 @@ class Run:
             replies = one.ask(dict.fromkeys(clients, Evaluate(adapter, greedy)))
             for client, reply in replies.items():
                 one.log(client, self._figures(prefix, reply))
-            one.log("all", self._figures(prefix, mean_reply(replies.values())))
+            one.log("all", self._figures(prefix, pooled(replies.values())))
 
     def _figures(self, prefix: str, reply: Evaluated) -> dict[str, float]:
         figures = {
@@ -181,3 +192,13 @@ class Run:
             "LoRA deltas carry information about the data they were trained on. This run added no noise to them: it "
             "comes with no formal privacy guarantee.\n"
         )
+
+
+def pooled(replies: Iterable[Evaluated]) -> Evaluated:
+    """Held-out means over all members' completions: each objective weighs a member by what it was measured on."""
+    found = list(replies)
+    mean = mean_reply(found)
+    counts = torch.stack([reply.counts for reply in found]).double()  # [k, m]
+    rewards = torch.stack([reply.rewards for reply in found]).double()
+    counts = counts * ~rewards.isnan()
+    return replace(mean, rewards=((rewards.nan_to_num() * counts).sum(0) / counts.sum(0)).float())

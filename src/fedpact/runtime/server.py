@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from fedpact.messages import Averaged, Introduced, Reply, Request, Trained
-from fedpact.runtime.exchange import Replies, Round, mean_reply
+from fedpact.runtime.exchange import Round, mean_reply
 from fedpact.types import ClientId, Memory
 
 R = TypeVar("R", bound=Reply)
@@ -59,6 +59,3 @@ class ServerSide:
                 if reply.accuracy is not None:
                     self._round.log(client, {"train/accuracy": reply.accuracy})
                 self._round.log(client, {f"train/{name}": value for name, value in sorted(reply.metrics.items())})
-
-
-__all__ = ["Replies", "ServerSide"]

@@ -14,8 +14,6 @@ class Failure:
     """Why a member sent no reply, in one line."""
 
     reason: str
-    exit_code: int = 5
-    """Of the error behind it, for a run that cannot go on without this member."""
 
 
 class Transport(Protocol):
