@@ -89,7 +89,7 @@ def results_table(records: dict[str, list[RunRecord]]) -> str:
         "| method | " + " | ".join(OBJECTIVES) + " | gain in correct, points | worst seed |",
         "|---|" + "---|" * (len(OBJECTIVES) + 2),
     ]
-    starts = {name: [] for name in OBJECTIVES}
+    starts: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
     for method, runs in records.items():
         ends = {name: [record.series(f"heldout/{name}")[-1][1] for record in runs] for name in OBJECTIVES}
         starts = {name: [record.series(f"heldout/{name}")[0][1] for record in runs] for name in OBJECTIVES}
@@ -135,7 +135,7 @@ def spread(record: RunRecord) -> float:
                 values = [one[round] for one in series]
                 centre = mean(values)
                 distances.append((sum((value - centre) ** 2 for value in values) / len(values)) ** 0.5)
-    return mean(distances)
+    return float(mean(distances))
 
 
 def interval(values: Sequence[float], digits: int) -> str:
