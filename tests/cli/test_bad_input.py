@@ -261,6 +261,14 @@ def test_a_changed_client_file_is_refused_on_resume(run_file, capfd, change):
     assert results(done) == before
 
 
+def test_changed_prompts_are_refused_on_resume(run_file, capfd):
+    assert in_process("run", run_file, "--set", "rounds=1") == 0
+    prompts = run_file.parent / "clients" / "north.jsonl"
+    prompts.write_text(prompts.read_text() + prompts.read_text().splitlines()[0] + "\n")
+    code, line = refusal(capfd, "resume", out_of(run_file))
+    assert (code, line) == (4, f"{prompts}: this file of prompts has changed since the run began; put it back")
+
+
 def test_a_changed_base_model_is_refused_on_resume(tmp_path, model, capfd):
     path = tmp_path / "model"
     shutil.copytree(model, path)

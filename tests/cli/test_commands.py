@@ -132,11 +132,11 @@ def test_evaluate_measures_every_member_and_changes_nothing(finished, capfd):
     before = files(finished)
     assert in_process("evaluate", finished, "--json") == 0
     shown = json.loads(capfd.readouterr().out)
-    assert shown["round"] == 3 and list(shown["members"]) == list(MEMBERS)
-    for figures in shown["members"].values():
+    assert shown["round"] == 3 and list(shown["sampled"]) == list(MEMBERS)
+    for figures in shown["sampled"].values():
         assert 0 <= figures["low"] <= 1 and -5 <= figures["brief"] <= 0
     assert in_process("evaluate", finished) == 0
-    assert capfd.readouterr().out.splitlines()[0] == "round 3, held-out means"
+    assert capfd.readouterr().out.splitlines()[0] == "round 3, held-out means, sampled"
     assert files(finished) == before
 
 

@@ -84,9 +84,9 @@ def resume(out: Path, *, make: TransportMaker, observer: Observer) -> None:
         record = store.read_run()
         config, folder, begin = begun(record, out)
         digests = client_digests(config, folder)
-        changed = sorted(
-            k for k in digests.keys() | record["clients"].keys() if digests.get(k) != record["clients"].get(k)
-        )
+        before = record["clients"]
+        changed = [name for name in digests.keys() | before.keys() if digests.get(name) != before.get(name)]
+        changed.sort(key=lambda name: (not name.endswith(".toml"), name))
         if changed:
             what = "client file has" if changed[0].endswith(".toml") else "file of prompts has"
             raise StoreError(f"{folder / changed[0]}: this {what} changed since the run began; put it back")
