@@ -119,7 +119,11 @@ class Member:
     def check(self) -> str:
         """Dry-run two prompts with the untrained model, after `hello`; what there is to say, in a line."""
         client = self._client(round=0, exchange=0, since=None)
-        rollout = client.policy.generate(self.train_prompts.select([0, min(1, len(self.train_prompts) - 1)]), draw=0)
+        two = self.train_prompts.select([0, min(1, len(self.train_prompts) - 1)])
+        try:
+            rollout = client.policy.generate(two, draw=0)
+        except DataError as error:
+            raise DataError(f"{self.where}: prompts: {error}") from error
         rewards = client.rewards(rollout.prompts, rollout.completions, audits=True)
         figures = ", ".join(
             f"{name} {float(row.nanmean()):.2f}"
