@@ -64,6 +64,7 @@ def test_a_sound_reply_is_admitted() -> None:
         ({"adapter": {A: torch.full((2, 3), NAN), B: torch.ones(3, 2)}}, "6 of 6 entries are not finite"),
         ({"adapter": {A: torch.full((2, 3), torch.inf), B: torch.ones(3, 2)}}, "not finite"),
         ({"weight": -1.0}, "weight: found -1.0"),
+        ({"weight": 0.0}, "weight: found 0.0"),  # nothing but zeros would average to NaN
         ({"weight": NAN}, "weight: found nan"),
         ({"weight": 1e12}, "weight: found 1000000000000.0"),
         ({"rewards": torch.zeros(3)}, "rewards: found"),

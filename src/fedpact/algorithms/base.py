@@ -24,7 +24,7 @@ class Algorithm(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of the run: "primary" (a primary objective, at every member), "tasks" (each member names its task)."""
+    """Of the run, checked at its start: "primary", a primary objective that every member has."""
 
     def check(self, objectives: Sequence[str]) -> None:
         """Raise ValueError, naming the setting, if these settings do not go with the run's objectives."""

@@ -54,14 +54,6 @@ def cosine_hypergradient(dots: Tensor, current_norm: Tensor, previous_norms: Ten
     return torch.where(defined, dots / current_norm / previous_norms, 0.0)
 
 
-def relative_hypergradient(dots: Tensor) -> Tensor:
-    """Inner products as shares of the sum of their magnitudes: [m] -> [m].
-
-    Removes the scale of the learning rate, of the gradients and of the adapter's rank. Our reading of FedMOA.
-    """
-    return dots / (dots.abs().sum() + 1e-8)
-
-
 def shortfall(mean_rewards: Tensor) -> Tensor:
     """How far each mean reward is from 1, between 0 and 1: [m] -> [m]; 0 where it is NaN (not measured).
 

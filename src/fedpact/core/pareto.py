@@ -83,20 +83,6 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
     return (_solve(gramian / trace, uniform, 0.0) if trace > 0 else uniform).to(device)
 
 
-def project_to_simplex(v: Tensor) -> Tensor:
-    """The closest point to `v` ([m]) with non-negative entries that sum to 1.
-
-    Exact, by sorting: O(m log m). Shifting every entry of `v` equally leaves the result unchanged.
-    Duchi et al. 2008, figure 1.
-    """
-    v = v - v.max()  # the shift changes nothing but keeps digits
-    descending = v.sort(descending=True).values
-    excess = descending.cumsum(0) - 1
-    counts = torch.arange(1, len(v) + 1, dtype=v.dtype, device=v.device)
-    support = int((descending * counts > excess).sum())
-    return (v - excess[support - 1] / support).clamp(min=0.0)
-
-
 class _Faces(NamedTuple):
     """The faces of a simplex: every non-empty set of its corners, and how to move within each."""
 

@@ -27,8 +27,8 @@ class Limits:
 
 def admit(reply: Reply, limits: Limits) -> None:
     """Return if the reply can be used. Raises InadmissibleError saying what is wrong."""
-    if isinstance(reply, Averaged) and not (math.isfinite(reply.weight) and 0 <= reply.weight <= limits.max_weight):
-        raise InadmissibleError(f"weight: found {reply.weight}, expected a number in [0, {limits.max_weight:g}]")
+    if isinstance(reply, Averaged) and not (math.isfinite(reply.weight) and 0 < reply.weight <= limits.max_weight):
+        raise InadmissibleError(f"weight: found {reply.weight}, expected a number in (0, {limits.max_weight:g}]")
     if isinstance(reply, (Trained, Evaluated)):
         _check("rewards", reply.rewards, (limits.num_objectives,), torch.float32, nan=True)
         if reply.accuracy is not None and not math.isfinite(reply.accuracy):
