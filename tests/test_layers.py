@@ -15,7 +15,7 @@ ALLOWED = {
     "core": BOTTOM,
     "policy": BOTTOM | {"core"},
     "algorithms": {"types", "messages", "protocols", "errors", "core"},
-    "rewards": BOTTOM | {"core"},
+    "rewards": BOTTOM | {"core", "policy"},
     "tasks": BOTTOM | {"core", "rewards", "files"},
     "runtime": BOTTOM | {"core", "policy", "algorithms", "rewards", "tasks"},
     "report": {"errors"},

@@ -6,13 +6,13 @@ may still refuse a reply or remove metrics from it; it never adds to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from fedpact.types import Adapter
+from fedpact.types import Adapter, Prompts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +75,29 @@ class Evaluated(Averaged):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Scored(Reply):
+    """A member's ratings of candidate completions: numbers, and nothing of how it came to them."""
+
+    rewards: Tensor  # [m, n] float32; NaN: no rating
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examined(Reply):
+    """Where a member's judge is to be trusted: one bit a question."""
+
+    correct: Tensor  # [p] bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted(Reply):
+    """How a member's reward models are calibrated; the models stay."""
+
+    mean: Tensor  # [m] float32, of the rewards of the completions that were sent; NaN: no such reward here
+    std: Tensor  # [m] float32, population
+    accuracy: Tensor  # [m] float32, share of held-out preference pairs that it orders rightly; NaN: not measured
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Hello(Request[Introduced]):
     """Introduce yourself, and accept or refuse the contract of this run."""
 
@@ -107,5 +130,47 @@ class Evaluate(Request[Evaluated]):
     greedy: bool = False
 
 
-REQUESTS: Mapping[str, type[Request[Any]]] = {request.verb: request for request in (Hello, Train, Evaluate)}
+@dataclass(frozen=True, slots=True, eq=False)
+class Score(Request[Scored]):
+    """Rate these completions of the server's questions."""
+
+    verb: ClassVar[str] = "score"
+    reply: ClassVar[type[Reply]] = Scored
+
+    prompts: Prompts
+    """[p] questions. The only column is `id`, if the questions have public ids; a member ignores all others."""
+    rows: Tensor  # [n] int64: which question each completion answers
+    completions: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examine(Request[Examined]):
+    """On which of these questions does your judge tell the right answer from a wrong one?"""
+
+    verb: ClassVar[str] = "examine"
+    reply: ClassVar[type[Reply]] = Examined
+
+    prompts: Prompts
+    """[p] questions of the server's auxiliary set."""
+    references: Sequence[str]
+    """[p] right answers, written as completions."""
+    decoys: Sequence[str]
+    """[p] wrong ones."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit(Request[Fitted]):
+    """Train your reward models, if you have not yet, and calibrate them on these completions."""
+
+    verb: ClassVar[str] = "fit"
+    reply: ClassVar[type[Reply]] = Fitted
+
+    prompts: Prompts
+    rows: Tensor  # [n] int64
+    completions: Sequence[str]
+
+
+REQUESTS: Mapping[str, type[Request[Any]]] = {
+    request.verb: request for request in (Hello, Train, Evaluate, Examine, Score, Fit)
+}
 """Every verb that can cross the network."""

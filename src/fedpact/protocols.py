@@ -88,6 +88,10 @@ class Policy(Protocol):
         """Log-probabilities of the completion tokens: [n, t], zero outside the mask. `reference`: adapter off."""
         ...
 
+    def embed(self, prompts: Prompts) -> Tensor:
+        """Mean last hidden states of the prompts, adapter off: [p, h] unit rows."""
+        ...
+
     def gradients(self, rollout: Rollout, advantages: Tensor, *, loss: Loss | None = None) -> Jacobian:
         """The gradient of every objective's loss, from advantages [m, n]; None: the run's own loss."""
         ...
@@ -101,42 +105,8 @@ class Policy(Protocol):
         ...
 
 
-class Server(Protocol):
-    """What an algorithm's server half can see and do in one round."""
-
-    @property
-    def round(self) -> int: ...
-    @property
-    def clients(self) -> Mapping[ClientId, Introduced]:
-        """The members of this round's cohort."""
-        ...
-
-    @property
-    def objectives(self) -> Sequence[str]: ...
-    @property
-    def memory(self) -> Memory:
-        """Kept from round to round, in the checkpoint."""
-        ...
-
-    def ask(self, requests: Request[R] | Mapping[ClientId, Request[R]]) -> Mapping[ClientId, R]:
-        """One exchange: one request for all of the cohort, or one each. Replies come sorted, read when looked at."""
-        ...
-
-    def mean(self, requests: Request[A] | Mapping[ClientId, Request[A]]) -> A:
-        """One exchange, and the weighted mean of its replies."""
-        ...
-
-    def means(
-        self, requests: Request[A] | Mapping[ClientId, Request[A]], groups: Mapping[str, Sequence[ClientId]]
-    ) -> Mapping[str, A]:
-        """One exchange, and the weighted mean of each group's replies; a group without replies is left out."""
-        ...
-
-    def log(self, **metrics: float) -> None: ...
-
-
-class Client(Protocol):
-    """What an algorithm's client half can see and do while it answers one request."""
+class Learner(Protocol):
+    """What either half of an algorithm can see and do where a policy is trained."""
 
     @property
     def objectives(self) -> Sequence[str]:
@@ -145,7 +115,7 @@ class Client(Protocol):
 
     @property
     def present(self) -> Tensor:
-        """[m] bool: which of them this member trains on."""
+        """[m] bool: for which of them there is a reward here to train on."""
         ...
 
     @property
@@ -155,7 +125,7 @@ class Client(Protocol):
 
     @property
     def default_weights(self) -> Tensor:
-        """[m] the run's `[objectives]` weights, zero where absent, summing to 1."""
+        """[m] the run's `[objectives]` weights, summing to 1: a client's over those that are present."""
         ...
 
     @property
@@ -167,19 +137,14 @@ class Client(Protocol):
 
     @property
     def memory(self) -> Memory:
-        """This member's own, as of the last reply that the server committed."""
-        ...
-
-    @property
-    def cache(self) -> dict[str, Any]:
-        """Process memory: may vanish at any time."""
+        """The server's, or this member's own as of the last reply that the server committed."""
         ...
 
     @property
     def policy(self) -> Policy: ...
 
     def prompts(self, step: int) -> Prompts:
-        """The training prompts of local step `step`."""
+        """The training prompts of step `step`: a client counts its local steps, the server all steps of the run."""
         ...
 
     def rewards(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
@@ -187,7 +152,73 @@ class Client(Protocol):
         ...
 
     def log(self, **metrics: float) -> None:
-        """For this member's own log; never leaves it."""
+        """The server's go to the run's metrics; a member's own log never leaves it."""
+        ...
+
+
+class Client(Learner, Protocol):
+    """What an algorithm's client half can see and do while it answers one request."""
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        """Process memory: may vanish at any time."""
+        ...
+
+    def judge(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        """`rewards` of completions of the server's questions, joined with this member's trusted answers to them."""
+        ...
+
+    def fit_rewards(self) -> Tensor:
+        """Train the rewards that can be trained, once: [m] float32, held-out pairwise accuracies, NaN for others."""
+        ...
+
+
+class Server(Learner, Protocol):
+    """What an algorithm's server half can see and do in one round.
+
+    `policy`, `prompts`, `rewards`, `auxiliary` and `embed` need a `[server]` table in the run file.
+    """
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def clients(self) -> Mapping[ClientId, Introduced]:
+        """The members of this round's cohort."""
+        ...
+
+    def auxiliary(self) -> Prompts:
+        """The server's labelled examples: column `answer`, and `reference`, the answer written as a completion."""
+        ...
+
+    def audit(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        """[m, n] the server's rewards, those included that are never trained on."""
+        ...
+
+    def embed(self, prompts: Prompts) -> Tensor:
+        """[p, h] unit rows from the run's encoder, which is frozen: one that drifts with the policy fails."""
+        ...
+
+    def uniforms(self, purpose: str, rows: int, columns: int) -> Tensor:
+        """[rows, columns] numbers in [0, 1), keyed by the run's seed, the round and `purpose`."""
+        ...
+
+    def ask(
+        self, requests: Request[R] | Mapping[ClientId, Request[R]], *, min_replies: int | None = None
+    ) -> Mapping[ClientId, R]:
+        """One exchange: one request for all of the cohort, or one each. Replies come sorted, read when looked at.
+
+        With fewer replies than `min_replies` it fails; None: the run's setting.
+        """
+        ...
+
+    def mean(self, requests: Request[A] | Mapping[ClientId, Request[A]]) -> A:
+        """One exchange, and the weighted mean of its replies."""
+        ...
+
+    def means(
+        self, requests: Request[A] | Mapping[ClientId, Request[A]], groups: Mapping[str, Sequence[ClientId]]
+    ) -> Mapping[str, A]:
+        """One exchange, and the weighted mean of each group's replies; a group without replies is left out."""
         ...
 
 

@@ -57,9 +57,22 @@ class Prompts:
             domains=None if self.domains is None else self.domains[index],
         )
 
+    def followed_by(self, other: Prompts) -> Prompts:
+        """These prompts, then `other`; a column that one of them lacks holds None there. Domains are dropped."""
+        names = dict.fromkeys([*self.columns, *other.columns])
+        none = [None] * len(self), [None] * len(other)
+        return Prompts(
+            text=[*self.text, *other.text],
+            ids=torch.cat([self.ids, other.ids]),
+            columns={n: [*self.columns.get(n, none[0]), *other.columns.get(n, none[1])] for n in names},
+        )
+
     def repeat(self, times: int) -> Prompts:
         """Each prompt `times` times in a row: groups stay contiguous."""
         return self.select([i for i in range(len(self)) for _ in range(times)])
+
+
+NO_PROMPTS = Prompts(text=(), ids=torch.zeros(0, dtype=torch.long), columns={})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -141,6 +141,43 @@ def test_a_file_is_executed_once_and_again_when_it_has_changed(tmp_path):
     assert RewardSet({"a": first, "b": second}).measure(prompts("q"), ["a"]).tolist() == [[1.0], [2.0]]
 
 
+def test_a_class_that_asks_for_folders_gets_them_and_others_do_not(tmp_path):
+    source = """
+        class Judge:
+            def __init__(self, *, size=1, folder=None, home=None):
+                self.paths = [folder, home]
+            def __call__(self, completions):
+                return [0.0]
+        class Plain(Judge):
+            def __init__(self, folder="mine"):
+                super().__init__(folder=folder)
+    """
+    write(tmp_path, source)
+
+    def paths(use="rewards.py:Judge", kwargs=None, **places):
+        return load_reward(use, kwargs or {}, where=WHERE, **places).function.paths
+
+    assert paths(folder=tmp_path, home=tmp_path / "home") == [tmp_path, tmp_path / "home"]
+    assert paths(folder=tmp_path) == [tmp_path, tmp_path]
+    assert paths(folder=tmp_path, kwargs={"home": "elsewhere"}) == [tmp_path, "elsewhere"]
+    assert paths("rewards.py:Plain", folder=tmp_path) == ["mine", None]
+    with pytest.raises(RewardError, match=r"has no setting 'sise'; it takes size$"):
+        paths(folder=tmp_path, kwargs={"sise": 2})
+
+
+def test_a_remedy_from_a_constructor_is_passed_on(tmp_path):
+    source = """
+        from fedpact.errors import ConfigError
+        class Judge:
+            def __init__(self):
+                raise ConfigError("rubric is empty; say what a good answer is")
+    """
+    write(tmp_path, source)
+    with pytest.raises(RewardError) as caught:
+        load_reward("rewards.py:Judge", {}, where=WHERE, folder=tmp_path)
+    assert str(caught.value) == f"{WHERE}.kwargs: rewards.py:Judge: rubric is empty; say what a good answer is"
+
+
 @pytest.mark.parametrize(
     ("use", "kwargs", "message"),
     [
@@ -150,7 +187,11 @@ def test_a_file_is_executed_once_and_again_when_it_has_changed(tmp_path):
         ("other.py:f", {}, "rewards.helpful.use: no file"),
         ("rewards.py:rubric", {}, "use: rewards.py has no function or class 'rubric'; it has Silent, first, score"),
         ("rewards.py:LIMIT", {}, "use: rewards.py has no function or class 'LIMIT'"),
-        ("fedpact.rewards:brief", {}, "it has LoadedReward, RewardSet, brevity, cosine_length"),
+        (
+            "fedpact.rewards:brief",
+            {},
+            "it has Agreement, AnswerKey, HttpJudge, LoadedReward, Outcome, RewardModel, RewardSet, brevity",
+        ),
         ("broken.py:f", {}, "use: cannot import broken.py: ZeroDivisionError: division by zero; mend it"),
         ("spelled.py:f", {}, "use: cannot import spelled.py: SyntaxError"),
         ("rewards.py:score", {"limt": 3}, "kwargs: rewards.py:score has no setting 'limt'; it takes limit"),
@@ -306,6 +347,54 @@ def test_a_plain_function_may_return_a_coroutine():
         return [1.0, 2.0]
 
     assert measure(lambda completions: later(completions)).tolist() == [[1.0, 2.0]]
+
+
+def test_otherwise_is_asked_for_just_the_rows_without_a_rating():
+    seen = {}
+
+    def known(completions, answer):
+        return [None if gold is None else float(text == gold) for text, gold in zip(completions, answer, strict=True)]
+
+    def judge(prompts, completions, hint):
+        seen.update(prompts=prompts, completions=completions, hint=hint)
+        return [None, 0.5]
+
+    async def last(completions):
+        return [0.25] * len(completions)
+
+    chain = LoadedReward("a:known", WHERE, known, 5.0, LoadedReward("a:judge", WHERE, judge, 5.0, reward(last)))
+    batch = prompts("p", "q", "r", "s", answer=["a", None, "x", None], hint=[1, 2, 3, 4])
+    values = RewardSet({"correct": chain, "all": reward(last)}).measure(batch, ["a", "b", "c", "d"])
+    assert_close(values, torch.tensor([[1.0, 0.25, 0.0, 0.5], [0.25] * 4]))
+    assert seen == {"prompts": ["q", "s"], "completions": ["b", "d"], "hint": [2, 4]}
+
+
+def test_otherwise_is_not_asked_where_everything_is_rated():
+    def never(completions):
+        raise AssertionError("asked")
+
+    chain = LoadedReward("a:b", WHERE, lambda completions: [0.0, 1.0], 5.0, reward(never))
+    assert RewardSet({"x": chain}).measure(prompts("p", "q"), ["a", "b"]).tolist() == [[0.0, 1.0]]
+
+
+def test_an_error_that_a_reward_raises_on_purpose_says_where():
+    def refuse(completions):
+        raise RewardError("the judge is fooled")
+
+    with pytest.raises(RewardError, match=re.escape(f"{WHERE}: north.rewards:score: the judge is fooled")):
+        measure(refuse)
+
+
+def test_importing_the_rewards_loads_no_heavy_library():
+    code = "import sys, fedpact.rewards; print([n for n in ('torch', 'httpx', 'transformers') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_name_of_the_package_is_there():
+    import fedpact.rewards
+
+    assert all(callable(getattr(fedpact.rewards, name)) for name in fedpact.rewards.__all__)
 
 
 def test_prompts_and_completions_must_be_as_many():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from fedpact.errors import InadmissibleError, RefusedError
 from fedpact.messages import Evaluate, Evaluated, Train, Trained
 from fedpact.runtime.admission import Limits, admit
 from fedpact.runtime.codec import encode
-from fedpact.runtime.config import RunConfig, SiteSettings
+from fedpact.runtime.client_config import SiteSettings
+from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import contract_hash, contract_of
 from fedpact.runtime.envelope import Envelope, unwrap, wrap
 from fedpact.runtime.gate import Gate
@@ -36,7 +38,7 @@ def reply(**changes: Any) -> Trained:
 
 
 def gate(*, simulation: bool = False, **site: Any) -> Gate:
-    return Gate(SiteSettings(**site), where="north.toml", simulation=simulation)
+    return Gate(SiteSettings(**site), where="north.toml", home=Path("unused"), simulation=simulation)
 
 
 def canonical(**changes: Any) -> str:
@@ -51,7 +53,7 @@ def canonical(**changes: Any) -> str:
 
 
 def test_a_sound_reply_is_admitted() -> None:
-    admit(reply(), LIMITS)
+    admit(reply(), LIMITS, Train(SENT))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_a_sound_reply_is_admitted() -> None:
 )
 def test_a_bad_reply_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InadmissibleError, match=message):
-        admit(reply(**changes), LIMITS)
+        admit(reply(**changes), LIMITS, Train(SENT))
 
 
 def test_between_sites_nothing_leaves_but_adapter_rewards_and_accuracy() -> None:

@@ -10,7 +10,8 @@ import pytest
 from fedpact.algorithms import TABLE, algorithm_class
 from fedpact.algorithms.base import Algorithm
 from fedpact.errors import ConfigError
-from fedpact.runtime.config import ClientConfig, RunConfig, load_client, load_run
+from fedpact.runtime.client_config import ClientConfig, load_client
+from fedpact.runtime.config import RunConfig, load_run
 from fedpact.runtime.contract import Contract, contract_hash, contract_of, default_weights, read_contract
 
 RUN = """

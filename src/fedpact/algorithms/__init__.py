@@ -46,6 +46,24 @@ TABLE: dict[str, Entry] = {
         "1",
         "adapter",
     ),
+    "fedgrpo": Entry(
+        "fedpact.algorithms.fedgrpo:FedGRPO",
+        "the server trains; for every question the members that know best rate its candidates",
+        "1 a server step, and 1 for newcomers",
+        "ratings, bits",
+    ),
+    "mor": Entry(
+        "fedpact.algorithms.mor:MoR",
+        "the server trains on a routed mixture of the members' own reward models, with a KL",
+        "1 a server step, and 1 for newcomers",
+        "ratings, calibration",
+    ),
+    "grpo": Entry(
+        "fedpact.algorithms.grpo:GRPO",
+        "centralised GRPO with the server's own rewards",
+        "0",
+        "nothing",
+    ),
 }
 
 

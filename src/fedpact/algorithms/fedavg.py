@@ -8,8 +8,7 @@ import torch
 from pydantic import PositiveInt
 
 from fedpact.algorithms.base import Algorithm
-from fedpact.algorithms.steps import Tally, local_batches
-from fedpact.core.advantages import group_advantages, weighted_rewards
+from fedpact.algorithms.steps import Aggregation, Tally, combined_advantages, local_batches
 from fedpact.messages import Train, Trained
 from fedpact.protocols import Client, Server
 from fedpact.types import Adapter
@@ -27,7 +26,7 @@ class FedAvg(Algorithm):
     name: Literal["fedavg"] = "fedavg"
     local_steps: PositiveInt = 4
     """Optimiser batches between two averages."""
-    multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = "normalize_then_sum"
+    multi_objective_aggregation: Aggregation = "normalize_then_sum"
     """TRL's names. "sum_then_normalize" adds raw rewards, so that the objective with the largest scale wins;
     "normalize_then_sum" standardises each objective within its group first (TRL's GDPO then standardises the sum over
     the batch once more; we do not)."""
@@ -39,11 +38,8 @@ class FedAvg(Algorithm):
         weights = client.default_weights if request.weights is None else request.weights
         tally = Tally(client)
         for batch in local_batches(client, request.adapter, self.local_steps):
-            if self.multi_objective_aggregation == "sum_then_normalize":
-                rewards = weighted_rewards(batch.rewards, weights)[None]  # [1, n]
-                advantages = group_advantages(rewards, batch.rollout.group_size, scale=client.scale_rewards)
-            else:
-                advantages = weights.float()[None] @ batch.advantages  # [1, n]
+            how = self.multi_objective_aggregation
+            advantages = combined_advantages(batch, weights, how, client.scale_rewards)
             jacobian = client.policy.gradients(batch.rollout, advantages)
             client.policy.step(jacobian.combine(torch.ones(1)))
             tally.add(batch, weights)

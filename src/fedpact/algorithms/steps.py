@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedpact.core.advantages import group_advantages
+from fedpact.core.advantages import group_advantages, weighted_rewards
 from fedpact.messages import Trained
-from fedpact.protocols import Client
-from fedpact.types import Adapter, Rollout
+from fedpact.protocols import Client, Learner
+from fedpact.types import Adapter, Rollout, ScaleRewards
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,18 +26,34 @@ class Batch:
     """This batch has been trained on before (`num_iterations` > 1)."""
 
 
-def local_batches(client: Client, adapter: Adapter, steps: int) -> Iterator[Batch]:
+def local_batches(learner: Learner, adapter: Adapter, steps: int) -> Iterator[Batch]:
     """Load `adapter`, then yield a freshly sampled batch for every step; the caller steps the policy in between.
 
     Advantages are standardised per objective. With `num_iterations` > 1 each batch comes that many times.
     """
-    client.policy.load(adapter)
+    learner.policy.load(adapter)
     for step in range(steps):
-        rollout = client.policy.generate(client.prompts(step), draw=step)
-        rewards = client.rewards(rollout.prompts, rollout.completions)
-        advantages = group_advantages(rewards, rollout.group_size, scale=client.scale_rewards)
-        for iteration in range(client.num_iterations):
-            yield Batch(rollout, rewards, advantages, repeated=iteration > 0)
+        rollout = learner.policy.generate(learner.prompts(step), draw=step)
+        yield from judged(learner, rollout, learner.rewards(rollout.prompts, rollout.completions))
+
+
+def judged(learner: Learner, rollout: Rollout, rewards: Tensor) -> Iterator[Batch]:
+    """The batch of a rollout with rewards [m, n], `num_iterations` times."""
+    advantages = group_advantages(rewards, rollout.group_size, scale=learner.scale_rewards)
+    for iteration in range(learner.num_iterations):
+        yield Batch(rollout, rewards, advantages, repeated=iteration > 0)
+
+
+Aggregation = Literal["normalize_then_sum", "sum_then_normalize"]
+"""How several objectives become one advantage; TRL's names."""
+
+
+def combined_advantages(batch: Batch, weights: Tensor, how: Aggregation, scale: ScaleRewards) -> Tensor:
+    """One advantage a completion, from objective weights [m]: [1, n]."""
+    if how == "normalize_then_sum":
+        return weights.float()[None] @ batch.advantages
+    total = weighted_rewards(batch.rewards, weights)[None]  # [1, n]
+    return group_advantages(total, batch.rollout.group_size, scale=scale)
 
 
 class Tally:

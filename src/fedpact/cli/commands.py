@@ -40,17 +40,20 @@ def init(folder: Path) -> None:
 def check(path: Path, overrides: Sequence[str]) -> None:
     """Everything that `run` would need, and a dry run of each member."""
     config = load_run(path, overrides)
-    begin = launch.prepared(config, path.parent, where=str(path))
     scratch = Path(tempfile.mkdtemp(prefix="fedpact-"))
     try:
+        begin = launch.prepared(config, path.parent, home=scratch, where=str(path))
         clients = path.parent / config.simulation.clients
         members = local_members(clients, home=scratch, model=begin.model.path, engines=Engines())
-        for line in check_members(config, members, begin.model):
+        for line in check_members(config, members, begin):
             print(line)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     num_parameters = sum(rows * columns for rows, columns in begin.model.shapes.values())
-    print(f"{path}: ready; {len(members)} members, an adapter of {num_parameters:,} parameters crosses the network")
+    crosses = f"an adapter of {num_parameters:,} parameters crosses the network"
+    if "server" in config.algorithm.needs:
+        crosses = "candidate completions go out, ratings come back"
+    print(f"{path}: ready; {len(members)} members, {crosses}")
 
 
 def run(path: Path, out: Path | None, overrides: Sequence[str], transport: str) -> None:
@@ -104,21 +107,24 @@ def evaluate(out: Path, *, as_json: bool) -> None:
     try:
         clients = folder / config.simulation.clients
         members = local_members(clients, home=scratch, model=begin.model.path, engines=Engines())
-        check_members(config, members, begin.model)
+        check_members(config, members, begin)
         for way in ("sampled", "greedy") if config.evaluation.greedy else ("sampled",):
-            results[way] = {}
-            for name, member in members.items():
-                rewards = member.evaluate(Evaluate(adapter, greedy=way == "greedy")).rewards.tolist()
-                figures = {key: value for key, value in zip(config.objectives, rewards, strict=True) if value == value}
-                results[way][name] = figures
+            request = Evaluate(adapter, greedy=way == "greedy")
+            found = {"server": begin.trainer.evaluate(request, round=latest)} if begin.trainer else {}
+            if "server" not in config.algorithm.needs:
+                found |= {name: member.evaluate(request) for name, member in members.items()}
+            results[way] = {
+                name: {k: v for k, v in zip(config.objectives, reply.rewards.tolist(), strict=True) if v == v}
+                for name, reply in found.items()
+            }
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if as_json:
         print(json.dumps({"round": latest, **results}, indent=2))
         return
-    for way, found in results.items():
+    for way, by_name in results.items():
         print(f"round {latest}, held-out means, {way}")
-        for name, figures in found.items():
+        for name, figures in by_name.items():
             print(f"  {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
 
 

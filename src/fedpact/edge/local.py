@@ -8,12 +8,14 @@ from pathlib import Path
 
 from fedpact.errors import ConfigError, FedPactError, StoreError
 from fedpact.messages import Hello
-from fedpact.runtime.config import RunConfig, client_files, load_client
+from fedpact.runtime.client_config import client_files, load_client
+from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import contract_of
-from fedpact.runtime.engines import Engines, Skeleton
+from fedpact.runtime.engines import Engines
 from fedpact.runtime.member import Member
+from fedpact.runtime.run import Start
 from fedpact.runtime.transport import Failure
-from fedpact.types import ClientId
+from fedpact.types import NO_PROMPTS, ClientId
 
 
 class LocalTransport:
@@ -62,30 +64,31 @@ def local_members(folder: Path, *, home: Path, model: Path, engines: Engines) ->
     return members
 
 
-def local_transport(config: RunConfig, folder: Path, out: Path, model: Skeleton) -> LocalTransport:
+def local_transport(config: RunConfig, folder: Path, out: Path, begin: Start) -> LocalTransport:
     """The simulated members of a run, after a dry run of each: what is wrong with a client file shows before round 0.
 
     Raises ConfigError or RewardError.
     """
-    transport = resumed_transport(config, folder, out, model)
-    check_members(config, transport.members, model)
+    transport = resumed_transport(config, folder, out, begin)
+    check_members(config, transport.members, begin)
     return transport
 
 
-def resumed_transport(config: RunConfig, folder: Path, out: Path, model: Skeleton) -> LocalTransport:
+def resumed_transport(config: RunConfig, folder: Path, out: Path, begin: Start) -> LocalTransport:
     """The simulated members of a run that goes on. No dry run: a member that fails by now is dropped, as in any round.
 
     Raises ConfigError.
     """
     clients = folder / config.simulation.clients
-    return LocalTransport(local_members(clients, home=out / "clients", model=model.path, engines=Engines()))
+    return LocalTransport(local_members(clients, home=out / "clients", model=begin.model.path, engines=Engines()))
 
 
-def check_members(config: RunConfig, members: Mapping[ClientId, Member], model: Skeleton) -> list[str]:
-    """Each member accepts the contract and judges two prompts' completions; a line for each."""
-    hello = Hello(contract_of(config, model=model.sha256).canonical())
+def check_members(config: RunConfig, members: Mapping[ClientId, Member], begin: Start) -> list[str]:
+    """Each member accepts the contract and rates two completions, or two of the server's examples; a line for each."""
+    hello = Hello(contract_of(config, model=begin.model.sha256).canonical())
+    examples = NO_PROMPTS if begin.trainer is None else begin.trainer.examples()
     lines = []
     for member in members.values():
         member.hello(hello)
-        lines.append(member.check())
+        lines.append(member.check(examples))
     return lines

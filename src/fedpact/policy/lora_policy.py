@@ -14,6 +14,7 @@ from fedpact.core.losses import GroupLoss
 from fedpact.errors import FedPactError
 from fedpact.policy.bank import Bank
 from fedpact.policy.decode import Decoder, TransformersDecoder, complete, joined
+from fedpact.policy.embedding import mean_hidden_states
 from fedpact.policy.gradients import FlatJacobian, objective_gradients
 from fedpact.policy.llama import LlamaDecoder, supports
 from fedpact.policy.model import BaseModel, enable_checkpointing
@@ -112,10 +113,7 @@ class LoraPolicy:
     ) -> Rollout:
         settings = self.rollout_settings
         group_size = 1 if greedy else num_generations or settings.num_generations
-        prompt_ids, prompt_mask = encoded_prompts(
-            self.base.tokenizer, prompts.text, limit=settings.max_prompt_length, pad_id=self.base.pad_id
-        )
-        prompt_ids, prompt_mask = prompt_ids.to(self.device), prompt_mask.to(self.device)
+        prompt_ids, prompt_mask = self._encoded(prompts)
         limit = settings.max_completion_length
         draws = None if greedy else uniforms(key(self.seed, draw), len(prompts) * group_size, limit)
         room = _SAMPLING * self.options.micro_batch_tokens // (group_size * (prompt_ids.shape[1] + limit))
@@ -164,6 +162,13 @@ class LoraPolicy:
             result[rows, : logp.shape[1]] = logp
         return result
 
+    @torch.no_grad()
+    def embed(self, prompts: Prompts) -> Tensor:
+        with self.bank.disabled():
+            return mean_hidden_states(
+                self.base.model, *self._encoded(prompts), batch_tokens=self.options.micro_batch_tokens
+            )
+
     def gradients(self, rollout: Rollout, advantages: Tensor, *, loss: Loss | None = None) -> FlatJacobian:
         """See `protocols.Policy`. Raises FedPactError if the sampler has drawn from another distribution."""
         loss = loss or self.loss
@@ -204,6 +209,12 @@ class LoraPolicy:
         self.bank.theta.grad = None
         self.bank.version += 1
         self._fresh = None
+
+    def _encoded(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """[p, s] ids and mask, on the policy's device."""
+        limit = self.rollout_settings.max_prompt_length
+        ids, mask = encoded_prompts(self.base.tokenizer, prompts.text, limit=limit, pad_id=self.base.pad_id)
+        return ids.to(self.device), mask.to(self.device)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         settings = self.optimizer_settings

@@ -1,11 +1,12 @@
 """Rewards: the built-in ones by name, and what loads a member's own.
 
 `fedpact.rewards:exact_answer` works as an import path in a member's file. Importing this package loads neither torch
-nor math-verify: the built-ins are plain Python, and the loader comes on first use.
+nor httpx nor math-verify: the built-ins are plain Python, and the loader and the judges come on first use.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fedpact.rewards.builtin import (
@@ -30,10 +31,20 @@ from fedpact.rewards.length import (
 )
 
 if TYPE_CHECKING:
+    from fedpact.rewards.agreement import Agreement
+    from fedpact.rewards.answers import AnswerKey
+    from fedpact.rewards.http import HttpJudge
     from fedpact.rewards.load import LoadedReward, RewardSet, load_reward
+    from fedpact.rewards.outcome import Outcome
+    from fedpact.rewards.reward_model import RewardModel
 
 __all__ = [
+    "Agreement",
+    "AnswerKey",
+    "HttpJudge",
     "LoadedReward",
+    "Outcome",
+    "RewardModel",
     "RewardSet",
     "brevity",
     "cosine_length",
@@ -55,9 +66,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fedpact.rewards import load
+_LATER = {
+    "Agreement": "agreement",
+    "AnswerKey": "answers",
+    "HttpJudge": "http",
+    "LoadedReward": "load",
+    "Outcome": "outcome",
+    "RewardModel": "reward_model",
+    "RewardSet": "load",
+    "load_reward": "load",
+}
 
-    return getattr(load, name)
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -7,13 +7,10 @@ What a function gets is read from its signature. Keyword-only parameters with a 
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib
 import inspect
 import math
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fedpact.errors import FedPactError, RewardError
+from fedpact.rewards.calling import Call, NoAnswerError, in_thread, together
 from fedpact.rewards.modules import module_of_file, public_names
 from fedpact.types import Prompts
 
@@ -40,6 +38,8 @@ class LoadedReward:
     """The file and the table that name it: `clients/north.toml: rewards.helpful`."""
     function: Callable[..., Any]
     timeout_s: float = 60.0
+    otherwise: LoadedReward | None = None
+    """Asked about just those completions for which the function returned None."""
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
         """The function's own answer, unchecked, from those of the columns that it takes."""
@@ -73,8 +73,9 @@ class RewardSet:
         """Every reward of every completion: [m_i, n] float32, in the order of `functions`; NaN: does not apply.
 
         `prompts` has one row a completion. Where the prompt is a chat, the completion goes over as one, like TRL's.
-        Plain functions run one after another, async ones together. Raises RewardError for the first function that
-        fails, hangs, or does not return one finite number or None a completion.
+        Plain functions run one after another, async ones together; then each `otherwise` is asked about the rows that
+        are NaN. Raises RewardError for the first function that fails, hangs, or does not return one finite number or
+        None a completion.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions; expected one prompt each")
@@ -82,22 +83,37 @@ class RewardSet:
         values: dict[str, list[float]] = {}
         for name, reward in self.functions.items():
             if not reward.is_async:
-                values[name] = _values(reward, _in_thread(calls[name], reward.timeout_s), len(completions))
-        together = {name: reward for name, reward in self.functions.items() if reward.is_async}
-        if together:
-            for name, answer in _together(together, calls).items():
+                values[name] = _values(reward, in_thread(calls[name]), len(completions))
+        waiting = {name: call for name, call in calls.items() if name not in values}
+        if waiting:
+            for name, answer in together(waiting).items():
                 values[name] = _values(self.functions[name], answer, len(completions))
-        rows = [values[name] for name in self.functions]
-        return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(completions))
+        for name, reward in self.functions.items():
+            rows = [row for row, value in enumerate(values[name]) if math.isnan(value)]
+            if reward.otherwise is not None and rows:
+                second = RewardSet({name: reward.otherwise})
+                answers = second.measure(prompts.select(rows), [completions[row] for row in rows])[0].tolist()
+                for row, value in zip(rows, answers, strict=True):
+                    values[name][row] = value
+        table = [values[name] for name in self.functions]
+        return torch.tensor(table, dtype=torch.float32).reshape(len(table), len(completions))
 
 
 def load_reward(
-    use: str, kwargs: Mapping[str, Any], *, where: str, folder: Path | None = None, timeout_s: float = 60.0
+    use: str,
+    kwargs: Mapping[str, Any],
+    *,
+    where: str,
+    folder: Path | None = None,
+    home: Path | None = None,
+    timeout_s: float = 60.0,
 ) -> LoadedReward:
     """The reward at `package.module:name`, or at `file.py:name` relative to `folder`, with `kwargs` bound.
 
-    `name` is a function, a callable object, or a class, which is instantiated with `kwargs`. `where` is the file and
-    table that name it. A file is loaded by itself: it cannot import its neighbours. Raises RewardError.
+    `name` is a function, a callable object, or a class, which is instantiated with `kwargs`; if its `__init__` has
+    keyword-only parameters `folder` and `home`, they get the folder of the member's file and the member's private one.
+    `where` is the file and table that name it. A file is loaded by itself: it cannot import its neighbours. Raises
+    RewardError.
     """
     module_name, _, name = use.rpartition(":")
     if not (module_name and name):
@@ -110,7 +126,9 @@ def load_reward(
     if not callable(target):
         found = ", ".join(public_names(module)) or "no functions"
         raise RewardError(f"{where}.use: {module_name} has no function or class {name!r}; it has {found}")
-    return LoadedReward(use, where, _bound(target, kwargs, where, use), timeout_s)
+    folder = folder or Path()
+    paths = {"folder": folder, "home": home or folder}
+    return LoadedReward(use, where, _bound(target, kwargs, paths, where, use), timeout_s)
 
 
 def _module(name: str, where: str, folder: Path) -> ModuleType:
@@ -125,8 +143,10 @@ def _module(name: str, where: str, folder: Path) -> ModuleType:
         raise RewardError(f"{where}.use: cannot import {name}: {_described(error)}; {remedy}") from error
 
 
-def _bound(target: Callable[..., Any], kwargs: Mapping[str, Any], where: str, use: str) -> Callable[..., Any]:
-    """`target` with its settings; a class becomes an instance."""
+def _bound(
+    target: Callable[..., Any], kwargs: Mapping[str, Any], paths: Mapping[str, Path], where: str, use: str
+) -> Callable[..., Any]:
+    """`target` with its settings; a class becomes an instance, and gets those of `paths` that it asks for."""
     is_class = isinstance(target, type)
     try:
         parameters = inspect.signature(target).parameters.values()
@@ -138,12 +158,17 @@ def _bound(target: Callable[..., Any], kwargs: Mapping[str, Any], where: str, us
         if p.name not in _GIVEN
         and (p.kind is p.KEYWORD_ONLY or (p.kind is p.POSITIONAL_OR_KEYWORD and (is_class or p.default is not p.empty)))
     ]
+    given = {p.name: paths[p.name] for p in parameters if is_class and p.kind is p.KEYWORD_ONLY and p.name in paths}
     takes_any = is_class and any(p.kind is p.VAR_KEYWORD for p in parameters)
     for unknown in sorted(kwargs.keys() - set(settings)) if not takes_any else ():
-        listed = ", ".join(settings) or "no settings"
+        listed = ", ".join(name for name in settings if name not in given) or "no settings"
         raise RewardError(f"{where}.kwargs: {use} has no setting {unknown!r}; it takes {listed}")
     try:
-        function = target(**kwargs) if is_class else functools.partial(target, **kwargs) if kwargs else target
+        function = (
+            target(**{**given, **kwargs}) if is_class else functools.partial(target, **kwargs) if kwargs else target
+        )
+    except FedPactError as error:
+        raise RewardError(f"{where}.kwargs: {use}: {error}") from error
     except Exception as error:
         raise RewardError(f"{where}.kwargs: {use} could not be created: {_described(error)}") from error
     if not callable(function):
@@ -155,78 +180,22 @@ def _bound(target: Callable[..., Any], kwargs: Mapping[str, Any], where: str, us
     return function
 
 
-def _call(reward: LoadedReward, prompts: Prompts, completions: Sequence[str]) -> Callable[[], Any]:
+def _call(reward: LoadedReward, prompts: Prompts, completions: Sequence[str]) -> Call:
     spoken = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts.text, completions, strict=True)
     ]
     columns = {name: list(values) for name, values in prompts.columns.items() if name not in _GIVEN}
-    return functools.partial(reward, list(prompts.text), spoken, **columns)
-
-
-class _NoAnswerError(Exception):
-    """The time is up."""
-
-
-def _in_thread(call: Callable[[], Any], timeout_s: float) -> Any:
-    """What `call` returned, or the exception that it raised, or `_NoAnswerError`.
-
-    In a daemon thread, which cannot keep the process from exiting. A call that never lets go of the interpreter lock
-    cannot be timed out.
-    """
-    answers: list[Any] = []
-
-    def run() -> None:
-        try:
-            value = call()
-            answers.append(asyncio.run(value) if inspect.iscoroutine(value) else value)
-        except BaseException as error:
-            answers.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="fedpact-reward")
-    thread.start()
-    thread.join(timeout_s)
-    return answers[0] if answers else _NoAnswerError()
-
-
-def _together(rewards: Mapping[str, LoadedReward], calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """The answers of async rewards as `_in_thread` has them; they run at the same time, in the process's own loop."""
-    answers: dict[str, Any] = {}
-
-    async def answer(name: str, timeout_s: float) -> None:
-        clock = asyncio.timeout(timeout_s)
-        try:
-            async with clock:
-                answers[name] = await calls[name]()
-        except BaseException as error:
-            answers[name] = _NoAnswerError() if clock.expired() else error
-
-    async def gather() -> None:
-        await asyncio.gather(*(answer(name, reward.timeout_s) for name, reward in rewards.items()))
-
-    future = asyncio.run_coroutine_threadsafe(gather(), _event_loop(os.getpid()))
-    try:
-        future.result(max(reward.timeout_s for reward in rewards.values()) + 1.0)
-    except TimeoutError:
-        _event_loop.cache_clear()  # something in it blocks; the next call gets a fresh one
-    return {name: answers.get(name, _NoAnswerError()) for name in rewards}
-
-
-@functools.cache
-def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """One for the life of the process, so that a reward can keep its connections from call to call."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True, name="fedpact-async-rewards").start()
-    return loop
+    return Call(functools.partial(reward, list(prompts.text), spoken, **columns), reward.timeout_s)
 
 
 def _values(reward: LoadedReward, answer: Any, count: int) -> list[float]:
     """The answer as numbers, NaN for None; RewardError if it is none."""
     at = f"{reward.where}: {reward.name}"
-    if isinstance(answer, _NoAnswerError):
+    if isinstance(answer, NoAnswerError):
         remedy = "look for a call that blocks the event loop" if reward.is_async else "make it faster"
         raise RewardError(f"{at}: no answer after {reward.timeout_s:g} s (timeout_s); raise timeout_s, or {remedy}")
-    if isinstance(answer, RewardError):
+    if isinstance(answer, RewardError) and str(answer).startswith(reward.where):
         raise answer
     if isinstance(answer, BaseException):
         raised = answer if isinstance(answer, FedPactError) else f"raised {_described(answer)}"

@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedpact.errors import InadmissibleError
-from fedpact.messages import Averaged, Evaluated, Introduced, Reply, Trained
+from fedpact.messages import (
+    Averaged,
+    Evaluated,
+    Examine,
+    Examined,
+    Fitted,
+    Introduced,
+    Reply,
+    Request,
+    Score,
+    Scored,
+    Trained,
+)
 
 MAX_METRICS = 256
 
@@ -23,10 +36,21 @@ class Limits:
     """Adapter tensors by name."""
     num_objectives: int
     max_weight: float = 1e9
+    max_reward: float = 1e6
 
 
-def admit(reply: Reply, limits: Limits) -> None:
-    """Return if the reply can be used. Raises InadmissibleError saying what is wrong."""
+def admit(reply: Reply, limits: Limits, request: Request[Any]) -> None:
+    """Return if the reply to `request` can be used. Raises InadmissibleError saying what is wrong."""
+    if isinstance(reply, Scored) and isinstance(request, Score):
+        _check("rewards", reply.rewards, (limits.num_objectives, len(request.completions)), torch.float32, nan=True)
+        largest = float(reply.rewards.abs().nan_to_num().max()) if reply.rewards.numel() else 0.0
+        if largest > limits.max_reward:
+            raise InadmissibleError(f"rewards: found {largest:g}, expected at most {limits.max_reward:g}")
+    if isinstance(reply, Examined) and isinstance(request, Examine):
+        _check("correct", reply.correct, (len(request.prompts),), torch.bool)
+    if isinstance(reply, Fitted):
+        for name in ("mean", "std", "accuracy"):
+            _check(name, getattr(reply, name), (limits.num_objectives,), torch.float32, nan=True)
     if isinstance(reply, Averaged) and not (math.isfinite(reply.weight) and 0 < reply.weight <= limits.max_weight):
         raise InadmissibleError(f"weight: found {reply.weight}, expected a number in (0, {limits.max_weight:g}]")
     if isinstance(reply, (Trained, Evaluated)):

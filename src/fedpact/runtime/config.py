@@ -1,4 +1,4 @@
-"""The run file and the client files: what they may say, and one line for what is wrong with them."""
+"""The run file: what it may say, and one line for what is wrong with it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fedpact.algorithms import algorithm_class, table
 from fedpact.algorithms.base import Algorithm
 from fedpact.errors import ConfigError
+from fedpact.runtime.client_config import ModelSettings, PromptSettings, RewardSettings
 from fedpact.runtime.toml import read_toml, toml_value, validated
 from fedpact.settings import (
     LoraSettings,
@@ -21,7 +22,10 @@ from fedpact.settings import (
     TrainingSettings,
 )
 
-Name = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+_MISSING = {
+    "server": "server: missing; algorithm {!r} trains at the server: give it [server.prompts] and [server.rewards]",
+    "reference": "loss.beta: found 0; algorithm {!r} needs a KL to the reference model, such as 0.04",
+}
 
 
 class ObjectiveSettings(Settings):
@@ -70,6 +74,35 @@ class EvaluationSettings(Settings):
     """Also measure the likeliest completion."""
 
 
+class ServerSettings(Settings):
+    """What the server has of its own, for algorithms that train there.
+
+    Some columns mean something: `id` is a question's public id and travels with it; `domain` is compared with members'
+    tasks; `answer` is an auxiliary or held-out question's reference answer. Use `rename` where yours are called
+    otherwise. Nothing else of a row leaves the server but the question itself.
+    """
+
+    prompts: PromptSettings
+    """Questions to train on, and held-out ones."""
+    auxiliary: PromptSettings | None = None
+    """Labelled examples: on them the members' judges are examined."""
+    reference: str = "{answer}"
+    """How a reference answer would stand in a completion, such as "<answer> {answer} </answer>"."""
+    encoder: str = "policy"
+    """What embeds the questions: "policy" (its hidden states, adapter off), "tokens" (hashed words), or a model folder
+    of the sentence-transformers kind."""
+    model: ModelSettings = ModelSettings()
+    rewards: dict[str, RewardSettings] = Field(default_factory=dict)
+    """The server's own, by objective; with `audit` they are measured on held-out prompts only."""
+
+    @field_validator("reference")
+    @classmethod
+    def _has_a_place(cls, value: str) -> str:
+        if "{answer}" not in value:
+            raise ValueError(f"reference: found {value!r}; expected a text with {{answer}} in it")
+        return value
+
+
 class SimulationSettings(Settings):
     """For runs on one machine."""
 
@@ -96,6 +129,8 @@ class RunConfig(Settings):
     federation: FederationSettings = FederationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     simulation: SimulationSettings = SimulationSettings()
+    server: ServerSettings | None = None
+    """For algorithms that train at the server."""
 
     @model_validator(mode="before")
     @classmethod
@@ -116,6 +151,12 @@ class RunConfig(Settings):
         if "primary" in self.algorithm.needs and not primaries:
             name = getattr(self.algorithm, "name", "")
             raise ValueError(f"objectives: algorithm {name!r} needs a primary objective; mark one with primary = true")
+        for need, missing in (("server", self.server is None), ("reference", self.loss.beta == 0)):
+            if need in self.algorithm.needs and missing:
+                raise ValueError(_MISSING[need].format(getattr(self.algorithm, "name", "")))
+        for name in self.server.rewards if self.server else ():
+            if name not in self.objectives:
+                raise ValueError(f"server.rewards.{name}: no such objective; there are {', '.join(self.objectives)}")
         self.algorithm.check(list(self.objectives))
         return self
 
@@ -125,102 +166,6 @@ class RunConfig(Settings):
             **self.model_dump(mode="json", exclude={"algorithm"}),
             "algorithm": self.algorithm.model_dump(mode="json"),
         }
-
-
-class ModelSettings(Settings):
-    """How a member runs the model: never what it computes."""
-
-    path: str | None = None
-    """The member's own copy of the contract's model. None: the run file's (in a simulation only)."""
-    device: str = "auto"
-    """"auto" takes a GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of the frozen base; the adapter is float32."""
-    micro_batch_tokens: PositiveInt = 4096
-    """Tokens in one forward and backward pass, and a sixteenth of those in one batch of sampling: bounds the memory."""
-    gradient_checkpointing: bool = False
-    """Recompute activations: less memory, about a third more time."""
-    fused_decoder: bool = True
-    """Sample with the fused decoder where the model has the Llama layout; otherwise with transformers."""
-
-
-class PromptSettings(Settings):
-    """A member's prompts."""
-
-    path: str
-    """JSONL, JSON, CSV or Parquet relative to the client file, a `datasets` id, or gym:NAME."""
-    heldout: str | None = None
-    """Prompts that are never trained on. None: `heldout_share` of `path`."""
-    heldout_share: float = Field(default=0.1, gt=0, lt=1)
-    """By a hash of the prompt, so that equal prompts lie on one side."""
-    prompt: str = "prompt"
-    """The column that holds a text or a chat."""
-    template: str | None = None
-    """Builds the prompt from columns instead, as in "Question: {question}"."""
-    system: str | None = None
-    """A system message to put first."""
-    as_chat: bool = False
-    """Make a plain text the user's message of a chat."""
-    rename: dict[str, str] = Field(default_factory=dict)
-    """New name of a column to the one in the file, as in { answer = "solution" }."""
-    split: str | None = None
-    """Of a `datasets` id."""
-    limit: PositiveInt | None = None
-    """Read this many prompts at the most."""
-
-
-class RewardSettings(Settings):
-    """One of a member's reward functions."""
-
-    use: str
-    """`package.module:function`, or `file.py:function` beside the client file."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Its settings."""
-    timeout_s: PositiveFloat = 60.0
-    """A call that takes longer fails."""
-    audit: bool = False
-    """Measure it when evaluating, never train on it."""
-
-
-class SiteSettings(Settings):
-    """The gate: what this member lets in and out. A ceiling refuses; it never changes a request."""
-
-    accept: str | None = None
-    """The contract's hash. None: any contract (in a simulation only)."""
-    verbs: tuple[str, ...] = ("hello", "train", "evaluate")
-    """Which requests are answered."""
-    share: tuple[Literal["rewards", "accuracy", "metrics"], ...] | None = None
-    """What may leave beside the adapter. None: rewards and accuracy; everything in a simulation."""
-    min_samples: PositiveInt = 1
-    """Refuse to report held-out means that rest on fewer completions."""
-    clip_norm: PositiveFloat | None = None
-    """Shorten a larger change of the adapter to this norm."""
-    max_weight: PositiveFloat | None = None
-    """Cap of what this member counts in an average."""
-    max_local_steps: PositiveInt | None = None
-    """Ceiling, like the following ones: local_steps times num_iterations."""
-    max_completion_length: PositiveInt | None = None
-    max_learning_rate: PositiveFloat | None = None
-    max_rounds: PositiveInt | None = None
-
-
-class ClientConfig(Settings):
-    """A client file: a member's own, it never leaves."""
-
-    name: str = Field(pattern=Name, max_length=64)
-    """Letters, digits, ".", "_" and "-"."""
-    task: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$", max_length=64)
-    """Members of one task have comparable accuracies."""
-    model: ModelSettings = ModelSettings()
-    prompts: PromptSettings
-    rewards: dict[str, RewardSettings] = Field(min_length=1)
-    site: SiteSettings = SiteSettings()
-
-    @model_validator(mode="after")
-    def _own_name(self) -> ClientConfig:
-        if self.name in ("all", "server"):
-            raise ValueError(f"name: {self.name!r} stands for others in the metrics; choose another")
-        return self
 
 
 def parse_algorithm(data: Mapping[str, Any]) -> Algorithm:
@@ -250,16 +195,3 @@ def load_run(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
                 raise ConfigError(f"--set {override}: {parent} is not a table")
         place[last] = toml_value(value.strip())
     return validated(RunConfig, data, where=str(path))
-
-
-def load_client(path: Path) -> ClientConfig:
-    """The client file at `path`. Raises ConfigError, one line."""
-    return validated(ClientConfig, read_toml(path), where=str(path))
-
-
-def client_files(folder: Path) -> list[Path]:
-    """The client files of a simulation, by name. Raises ConfigError if there are none."""
-    files = sorted(folder.glob("*.toml")) if folder.is_dir() else []
-    if not files:
-        raise ConfigError(f"{folder}: no client files; expected one NAME.toml for each member")
-    return files

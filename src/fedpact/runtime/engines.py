@@ -12,7 +12,8 @@ from fedpact.core.lora import LoraLayer, adapter_shapes
 from fedpact.errors import ConfigError
 from fedpact.policy.lora_policy import EngineOptions, LoraPolicy
 from fedpact.policy.model import load_model, lora_layers, model_hash, resolve, skeleton_layers
-from fedpact.runtime.config import ModelSettings, PolicySettings
+from fedpact.runtime.client_config import ModelSettings
+from fedpact.runtime.config import PolicySettings
 from fedpact.runtime.contract import Contract
 
 hash_of = cache(model_hash)

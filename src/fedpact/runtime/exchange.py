@@ -64,8 +64,8 @@ class Round:
     exchanges: int = 0
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
-    def ask(self, requests: Mapping[ClientId, Request[R]]) -> Replies[R]:
-        """One exchange. Raises TooFewRepliesError.
+    def ask(self, requests: Mapping[ClientId, Request[R]], *, min_replies: int | None = None) -> Replies[R]:
+        """One exchange. Raises TooFewRepliesError below `min_replies`, by default the run's.
 
         After a crash the same call finds the spool: a closed exchange is not repeated, and in an open one only those
         are asked whose replies are missing.
@@ -75,7 +75,8 @@ class Round:
         spool = self.spool(number)
         roster = spool.roster()
         if roster is None:
-            roster = self._collect(number, spool, requests)
+            needed = self.min_replies if min_replies is None else min_replies
+            roster = self._collect(number, spool, requests, needed)
         for client in roster:
             self.since[client] = (self.number, number)
         kind = cast("type[R]", next(iter(requests.values())).reply)
@@ -87,15 +88,17 @@ class Round:
             if value == value and abs(value) != float("inf"):
                 self.metrics.append({"round": self.number, "who": who, "key": key, "value": value})
 
-    def _collect(self, number: int, spool: Spool, requests: Mapping[ClientId, Request[R]]) -> list[ClientId]:
+    def _collect(
+        self, number: int, spool: Spool, requests: Mapping[ClientId, Request[R]], needed: int
+    ) -> list[ClientId]:
         received = set(spool.received())
         missing = [client for client in sorted(requests) if client not in received]
         attempt = 1 if spool.folder.exists() else 0
         envelopes = {client: self._envelope(client, number, attempt, requests[client]) for client in missing}
-        for client, envelope in envelopes.items():
-            self._note(envelope, client, decision="asked", bytes_out=len(envelope.request))
-        failures: dict[ClientId, Failure] = {}
         sent = {client: encode(envelope) for client, envelope in envelopes.items()}
+        for client, envelope in envelopes.items():
+            self._note(envelope, client, decision="asked", bytes_out=len(sent[client]))
+        failures: dict[ClientId, Failure] = {}
         for client, answer in self.transport.exchange(sent, timeout_s=self.timeout_s):
             envelope = envelopes[client]
             if isinstance(answer, Failure):
@@ -104,7 +107,7 @@ class Round:
                 continue
             try:
                 reply = unwrap(envelope, answer)
-                admit(reply, self.limits)
+                admit(reply, self.limits, requests[client])
             except InadmissibleError as error:
                 failures[client] = Failure(str(error))
                 self._note(envelope, client, decision="refused", bytes_in=len(answer))
@@ -116,11 +119,11 @@ class Round:
         for client, failure in failures.items():
             self.dropped(client, failure.reason)
         roster = [client for client in spool.received() if client in requests]
-        if len(roster) < self.min_replies:
+        if len(roster) < needed:
             first = f"; {next(iter(failures))}: {next(iter(failures.values())).reason}" if failures else ""
             raise TooFewRepliesError(
                 f"round {self.number}, exchange {number}: {len(roster)} of {len(requests)} members replied, "
-                f"expected at least {self.min_replies} (federation.min_replies){first}"
+                f"expected at least {needed} (federation.min_replies){first}"
             )
         spool.close(roster, {client: failure.reason for client, failure in failures.items()})
         return sorted(roster)

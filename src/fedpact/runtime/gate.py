@@ -6,14 +6,18 @@ A ceiling refuses; it never changes a request, because a clamped member would ru
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedpact.errors import RefusedError
-from fedpact.messages import Averaged, Evaluated, Reply, Request, Trained
-from fedpact.runtime.config import SiteSettings
+from fedpact.messages import Averaged, Evaluated, Fit, Reply, Request, Score, Scored, Trained
+from fedpact.runtime.client_config import SiteSettings
+from fedpact.runtime.config import parse_algorithm
 from fedpact.runtime.contract import Contract, contract_hash, read_contract
+from fedpact.runtime.noise import member_secret, noisy_ratings, secret_uniforms
 from fedpact.types import Adapter
 
 EVERYTHING = ("rewards", "accuracy", "metrics")
@@ -21,10 +25,12 @@ BY_DEFAULT = ("rewards", "accuracy")
 
 
 class Gate:
-    """Applies a member's `[site]` settings. `simulation`: everything is on one machine, so nothing is withheld."""
+    """Applies a member's `[site]` settings. `home` is its private folder, where the secret of its noise lies.
 
-    def __init__(self, site: SiteSettings, *, where: str, simulation: bool) -> None:
-        self.site, self.where, self.simulation = site, where, simulation
+    `simulation`: everything is on one machine, so nothing is withheld."""
+
+    def __init__(self, site: SiteSettings, *, where: str, home: Path, simulation: bool) -> None:
+        self.site, self.where, self.home, self.simulation = site, where, home, simulation
         self.share = site.share if site.share is not None else (EVERYTHING if simulation else BY_DEFAULT)
 
     def accept(self, canonical: str) -> Contract:
@@ -38,12 +44,13 @@ class Gate:
             )
         contract = read_contract(canonical)
         local_steps = contract.algorithm.get("local_steps")
-        asked = {
-            "max_rounds": contract.rounds,
-            "max_local_steps": local_steps and local_steps * contract.training.num_iterations,
-            "max_completion_length": contract.rollout.max_completion_length,
-            "max_learning_rate": contract.optimizer.learning_rate,
-        }
+        asked: dict[str, float | None] = {"max_rounds": contract.rounds}
+        if "server" not in parse_algorithm(contract.algorithm).needs:  # otherwise nothing is trained here
+            asked |= {
+                "max_local_steps": local_steps and local_steps * contract.training.num_iterations,
+                "max_completion_length": contract.rollout.max_completion_length,
+                "max_learning_rate": contract.optimizer.learning_rate,
+            }
         for ceiling, value in asked.items():
             limit = getattr(self.site, ceiling)
             if limit is not None and (value is None or value > limit):
@@ -61,8 +68,25 @@ class Gate:
                 f"{self.where}: request under contract {contract[:12]}, accepted is {str(accepted)[:12]}"
             )
 
-    def leave(self, request: Request[Any], reply: Reply) -> Reply:
-        """What of `reply` may leave. Raises RefusedError if none of it may."""
+    def open(self, request: Request[Any]) -> None:
+        """Let what an envelope holds in. Raises RefusedError if it asks for more work than this member does at once."""
+        if not isinstance(request, (Score, Fit)):
+            return
+        limit, found = self.site.max_candidates, len(request.completions)
+        if limit is not None and found > limit:
+            raise RefusedError(f"{self.where}: site.max_candidates: the request has {found}, allowed are {limit}")
+        rows = request.rows
+        if (
+            rows.shape != (found,)
+            or rows.dtype != torch.int64
+            or not bool(((rows >= 0) & (rows < len(request.prompts))).all())
+        ):
+            raise RefusedError(
+                f"{self.where}: malformed request: rows do not say which question each completion answers"
+            )
+
+    def leave(self, request: Request[Any], reply: Reply, digest: str = "") -> Reply:
+        """What of `reply` may leave; `digest` keys its noise. Raises RefusedError if none of it may."""
         if isinstance(reply, Averaged):
             reply = replace(reply, weight=min(reply.weight, self.site.max_weight or float("inf")))
         fewest = _fewest(reply)
@@ -73,7 +97,19 @@ class Gate:
             )
         if isinstance(reply, Trained):
             reply = replace(reply, adapter=self._clipped(getattr(request, "adapter", {}), reply.adapter))
+        if isinstance(reply, Scored) and isinstance(request, Score) and self.site.epsilon_per_prompt is not None:
+            reply = replace(reply, rewards=self._noisy(request, reply.rewards, digest))
         return self._shared(reply)
+
+    def _noisy(self, request: Score, rewards: Tensor, digest: str) -> Tensor:
+        assert self.site.epsilon_per_prompt is not None
+        draws = secret_uniforms(member_secret(self.home), digest, rewards.numel()).view(rewards.shape)
+        try:
+            return noisy_ratings(rewards, request.rows, self.site.epsilon_per_prompt, draws)
+        except ValueError as error:
+            raise RefusedError(
+                f"{self.where}: site.epsilon_per_prompt: {error}; use rewards of 0 and 1, or send exact ones"
+            ) from error
 
     def _clipped(self, sent: Adapter, adapter: Adapter) -> Adapter:
         kept = {name: tensor for name, tensor in adapter.items() if not name.startswith("private/")}

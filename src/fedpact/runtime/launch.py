@@ -16,21 +16,26 @@ import torch
 from fedpact.core.lora import initial_adapter
 from fedpact.errors import ConfigError, StoreError
 from fedpact.policy.model import peft_config, read_peft_adapter
-from fedpact.runtime.config import RunConfig, load_client
+from fedpact.runtime.client_config import PromptSettings, load_client
+from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import contract_hash, contract_of
-from fedpact.runtime.engines import Skeleton, skeleton
+from fedpact.runtime.engines import skeleton
 from fedpact.runtime.files import json_line
 from fedpact.runtime.run import Observer, Run, Start
 from fedpact.runtime.store import RunFolder
 from fedpact.runtime.toml import validated
+from fedpact.runtime.trainer import Trainer
 from fedpact.runtime.transport import Transport
 
-TransportMaker = Callable[[RunConfig, Path, Path, Skeleton], Transport]
-"""(configuration, folder of the run file, run folder, model) -> the members of this run."""
+TransportMaker = Callable[[RunConfig, Path, Path, Start], Transport]
+"""(configuration, folder of the run file, run folder, what the run begins with) -> the members of this run."""
 
 
-def prepared(config: RunConfig, folder: Path, *, where: str) -> Start:
-    """The model and the first adapter of a run whose file lies in `folder`. Raises ConfigError."""
+def prepared(config: RunConfig, folder: Path, *, home: Path, where: str) -> Start:
+    """The model, the first adapter and the server's own of a run whose file lies in `folder`. Raises ConfigError.
+
+    `home` is the run's folder.
+    """
     if config.simulation.num_threads is not None:
         torch.set_num_threads(config.simulation.num_threads)
     model = skeleton(config.policy, where=where, folder=folder)
@@ -41,17 +46,21 @@ def prepared(config: RunConfig, folder: Path, *, where: str) -> Start:
             folder / config.policy.adapter, list(model.layers), where=f"{where}: policy.adapter"
         )
     base = str(model.path) if (folder / config.policy.model).is_dir() else config.policy.model
-    return Start(model, adapter, peft_config(list(model.layers), config.policy.lora, base=base))
+    trainer = None
+    if config.server is not None:
+        contract = contract_of(config, model=model.sha256)
+        trainer = Trainer(config.server, contract, folder=folder, home=home / "server", model=model.path, where=where)
+    return Start(model, adapter, peft_config(list(model.layers), config.policy.lora, base=base), trainer)
 
 
 def start(
     config: RunConfig, folder: Path, out: Path, *, where: str, make: TransportMaker, observer: Observer, label: str = ""
 ) -> None:
     """A new run in `out`, to its end. Raises ConfigError if `out` exists; then nothing has been written."""
-    begin = prepared(config, folder, where=where)
+    begin = prepared(config, folder, home=out, where=where)
     with RunFolder.create(out) as store:
         try:
-            run = Run(store, config, begin, make(config, folder, out, begin.model), observer)
+            run = Run(store, config, begin, make(config, folder, out, begin), observer)
             clients = run.introduce()
         except BaseException:
             shutil.rmtree(out, ignore_errors=True)  # there is no run yet
@@ -90,7 +99,7 @@ def resume(out: Path, *, make: TransportMaker, observer: Observer) -> None:
         if changed:
             what = "client file has" if changed[0].endswith(".toml") else "file of prompts has"
             raise StoreError(f"{folder / changed[0]}: this {what} changed since the run began; put it back")
-        run = Run(store, config, begin, make(config, folder, out, begin.model), observer)
+        run = Run(store, config, begin, make(config, folder, out, begin), observer)
         run.go(run.introduce())
 
 
@@ -98,7 +107,7 @@ def begun(record: Mapping[str, Any], out: Path) -> tuple[RunConfig, Path, Start]
     """What a run.json says the run began with, threads included. Raises StoreError if it is no longer so."""
     config, folder = recorded(record, out)
     torch.set_num_threads(int(record["threads"]))  # another number would give other bytes
-    begin = prepared(config, folder, where=str(out / "run.json"))
+    begin = prepared(config, folder, home=out, where=str(out / "run.json"))
     if begin.model.sha256 != record["model"]["sha256"]:
         raise StoreError(
             f"{begin.model.path}: this base model hashes to {begin.model.sha256[:12]}, the run began with "
@@ -125,16 +134,22 @@ def _digest(config: Mapping[str, Any]) -> str:
 
 
 def client_digests(config: RunConfig, folder: Path) -> dict[str, str]:
-    """SHA-256 of every client file and of the prompt files that it names, by path from the run file's folder.
+    """SHA-256 of every client file and of the prompts that these and the run file name, by path from its folder.
 
     Reward code is not among them: a member may mend a reward that failed.
     """
     files: set[Path] = set()
     for path in sorted((folder / config.simulation.clients).glob("*.toml")):
-        prompts = load_client(path).prompts
-        named = (path.parent / name for name in (prompts.path, prompts.heldout) if name)
-        files |= {path, *(file for file in named if file.is_file())}
+        client = load_client(path)
+        files |= {path, *_prompt_files(path.parent, client.prompts, client.answers)}
+    if config.server is not None:
+        files |= _prompt_files(folder, config.server.prompts, config.server.auxiliary)
     return {os.path.relpath(path, folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def _prompt_files(folder: Path, *settings: PromptSettings | None) -> set[Path]:
+    names = [name for one in settings if one is not None for name in (one.path, one.heldout) if name]
+    return {folder / name for name in names if (folder / name).is_file()}
 
 
 def versions() -> dict[str, str]:

@@ -7,21 +7,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fedpact.algorithms.base import Algorithm
 from fedpact.errors import ConfigError, DataError, FedPactError, RefusedError
 from fedpact.messages import Evaluate, Evaluated, Hello, Introduced, Reply, Request
+from fedpact.policy.lora_policy import LoraPolicy
 from fedpact.policy.model import resolve
-from fedpact.rewards.load import LoadedReward, load_reward
+from fedpact.rewards.answers import AnswerKey
 from fedpact.runtime.client import ClientSide
+from fedpact.runtime.client_config import ClientConfig
 from fedpact.runtime.codec import decode, encode
-from fedpact.runtime.config import ClientConfig, RewardSettings, parse_algorithm
+from fedpact.runtime.config import parse_algorithm
 from fedpact.runtime.contract import Contract, contract_hash
 from fedpact.runtime.engines import Engines
 from fedpact.runtime.envelope import Envelope, wrap
 from fedpact.runtime.gate import Gate
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.memory import MemberStore
-from fedpact.tasks.files import load_prompts, split_heldout
-from fedpact.types import Prompts
+from fedpact.runtime.prompts import prompts_at, split_prompts
+from fedpact.runtime.trainer import loaded
+from fedpact.types import NO_PROMPTS, Prompts
 
 
 class Member:
@@ -39,15 +45,21 @@ class Member:
         simulation: bool = False,
     ) -> None:
         self.config, self.where, self.engines = config, where, engines
-        self.gate = Gate(config.site, where=where, simulation=simulation)
-        if config.model.path is None and not simulation:
-            raise ConfigError(f"{where}: model.path: missing; a member names its own copy of the contract's model")
+        self.gate = Gate(config.site, where=where, home=home, simulation=simulation)
         own = config.model.path
         self.model = resolve(own, where=f"{where}: model.path", folder=folder) if own else model
-        self.train_prompts, self.heldout = self._prompts(folder)
+        self.train_prompts, self.heldout = NO_PROMPTS, NO_PROMPTS
+        if config.prompts is not None:
+            self.train_prompts, self.heldout = split_prompts(config.prompts, folder, where=f"{where}: prompts")
+        self.answers: AnswerKey | None = None
+        if config.answers is not None:
+            known = prompts_at(config.answers, folder, where=f"{where}: answers")
+            self.answers = AnswerKey(known, id=config.answers.id)
         self.rewards = {
-            name: _loaded(name, reward, where=where, folder=folder) for name, reward in config.rewards.items()
+            name: loaded(reward, where=f"{where}: rewards.{name}", folder=folder, home=home)
+            for name, reward in config.rewards.items()
         }
+        self.audits = frozenset(name for name, reward in config.rewards.items() if reward.audit)
         self.store = MemberStore(home / "memory")
         self.ledger = Ledger(home / "ledger.jsonl")
         self.log_path = home / "log.jsonl"
@@ -73,6 +85,7 @@ class Member:
         request = envelope.open()
         if isinstance(request, Hello):
             return encode(self.gate.leave(request, self.hello(request)))
+        self.gate.open(request)
         # asked again: the same bytes, and nothing is computed or spent twice
         return self.store.cached(digest) or self._answer(envelope, request, digest)
 
@@ -97,11 +110,16 @@ class Member:
         if unknown:
             known = ", ".join(contract.objectives)
             raise ConfigError(f"{self.where}: rewards.{unknown[0]}: no such objective in the run; there are {known}")
-        trained = tuple(name for name in contract.objectives if name in self.rewards and not self._audit(name))
+        trained = tuple(name for name in contract.objectives if name in self.rewards and name not in self.audits)
         if not trained:
             raise ConfigError(f"{self.where}: rewards: all are audits; expected at least one to train on")
+        needs = parse_algorithm(contract.algorithm).needs
+        if "server" not in needs and self.config.prompts is None:
+            raise ConfigError(f"{self.where}: prompts: missing; under this algorithm the members train")
+        if "server" not in needs and self.model is None:
+            raise ConfigError(f"{self.where}: model.path: missing; name this member's copy of the contract's model")
         primary = None if contract.primary is None else list(contract.objectives)[contract.primary]
-        if "primary" in parse_algorithm(contract.algorithm).needs and primary not in trained:
+        if "primary" in needs and primary not in trained:
             raise ConfigError(
                 f"{self.where}: rewards: lacks the primary objective {primary!r}, which this algorithm needs; "
                 f"add [rewards.{primary}]"
@@ -116,54 +134,74 @@ class Member:
             versions={package: version(package) for package in ("fedpact", "torch", "transformers", "peft")},
         )
 
-    def check(self) -> str:
-        """Dry-run two prompts with the untrained model, after `hello`; what there is to say, in a line."""
+    def check(self, examples: Prompts) -> str:
+        """Dry-run two prompts, after `hello`; what there is to say, in a line.
+
+        A member that trains completes two of its own prompts with the untrained model and rewards them; one that only
+        judges rates the references of two of the server's `examples`.
+        """
         client = self._client(round=0, exchange=0, since=None)
-        two = self.train_prompts.select([0, min(1, len(self.train_prompts) - 1)])
-        try:
-            rollout = client.policy.generate(two, draw=0)
-        except DataError as error:
-            raise DataError(f"{self.where}: prompts: {error}") from error
-        rewards = client.rewards(rollout.prompts, rollout.completions, audits=True)
+        if "server" in self._algorithm().needs:
+            two = examples.select(range(min(2, len(examples))))
+            texts = two.columns.get("reference", ["" for _ in two.text])
+            fits = hasattr(self._algorithm(), "fit")  # then there is nothing to judge with yet
+            rewards = client.judge(two, texts) if len(two) and not fits else torch.zeros(len(client.objectives), 0)
+            facts, judged = f"{self.config.name}: a judge", f"{len(texts)} reference answers"
+        else:
+            two = self.train_prompts.select([0, min(1, len(self.train_prompts) - 1)])
+            try:
+                rollout = client.policy.generate(two, draw=0)
+            except DataError as error:
+                raise DataError(f"{self.where}: prompts: {error}") from error
+            rewards = client.audit(rollout.prompts, rollout.completions)
+            facts = f"{self.config.name}: {len(self.train_prompts)} prompts, {len(self.heldout)} held out"
+            judged = f"{len(rollout.completions)} completions"
         figures = ", ".join(
             f"{name} {float(row.nanmean()):.2f}"
             for name, row in zip(client.objectives, rewards, strict=True)
-            if name in self.rewards
+            if name in self.rewards and row.numel()
         )
-        return (
-            f"{self.config.name}: {len(self.train_prompts)} prompts, {len(self.heldout)} held out; mean rewards of "
-            f"{len(rollout.completions)} completions: {figures}"
-        )
+        return f"{facts}; mean rewards of {judged}: {figures}" if figures else facts
 
     def evaluate(self, request: Evaluate) -> Evaluated:
         """Held-out results, for this member's own eyes: past the gate, and nothing is remembered."""
-        return self._evaluate(request, self._client(round=0, exchange=0, since=None))
+        return self._client(round=0, exchange=0, since=None).evaluate(request, self.heldout)
 
     def _answer(self, envelope: Envelope, request: Request[Any], digest: str) -> bytes:
         client = self._client(envelope.round, envelope.exchange, envelope.since)
-        algorithm = parse_algorithm(client.contract.algorithm)
-        if isinstance(request, Evaluate):
-            reply: Reply = self._evaluate(request, client)
+        algorithm = self._algorithm()
+        if isinstance(request, Evaluate) and "server" not in algorithm.needs:
+            reply: Reply = client.evaluate(request, self.heldout)
         elif hasattr(algorithm, request.verb):
             reply = algorithm.answer(request, client)
         else:
             raise RefusedError(f"{self.where}: {algorithm.model_dump().get('name')} sends no {request.verb!r} requests")
-        client.log(sampler_gap=client.policy.sampler_gap)
-        data = encode(self.gate.leave(request, reply))
+        if client.sampler_gap is not None:
+            client.log(sampler_gap=client.sampler_gap)
+        data = encode(self.gate.leave(request, reply, digest))
         self.store.save((envelope.round, envelope.exchange), client.memory, digest, data)
         if envelope.since is not None:
             self.store.prune(envelope.since)
         return data
 
     def _client(self, round: int, exchange: int, since: tuple[int, int] | None) -> ClientSide:
-        if self.contract is None or self.model is None:
+        contract, model = self.contract, self.model
+        if contract is None:
             raise RefusedError(f"{self.where}: no contract yet; the server has to say hello first")
-        policy = self.engines.policy(self.model, self.config.model, self.contract, where=self.where)
-        policy.begin(self.contract.seed, round, exchange, self.config.name)
+
+        def policy() -> LoraPolicy:
+            if model is None:
+                raise ConfigError(f"{self.where}: model.path: missing; name this member's copy of the contract's model")
+            made = self.engines.policy(model, self.config.model, contract, where=self.where)
+            made.begin(contract.seed, round, exchange, self.config.name)
+            return made
+
         return ClientSide(
-            contract=self.contract,
-            config=self.config,
+            name=self.config.name,
+            contract=contract,
             rewards=self.rewards,
+            audits=self.audits,
+            answers=self.answers,
             train_prompts=self.train_prompts,
             policy=policy,
             memory=self.store.load(since),
@@ -173,47 +211,6 @@ class Member:
             exchange=exchange,
         )
 
-    def _evaluate(self, request: Evaluate, client: ClientSide) -> Evaluated:
-        settings = client.contract.evaluation
-        prompts = self.heldout.select(list(range(min(settings.num_prompts or len(self.heldout), len(self.heldout)))))
-        client.policy.load(request.adapter)
-        rollout = client.policy.generate(
-            prompts, draw=0, num_generations=settings.num_generations, greedy=request.greedy
-        )
-        rewards = client.rewards(rollout.prompts, rollout.completions, audits=True)
-        means = rewards.nanmean(dim=1)
-        accuracy = None if client.primary is None else float(means[client.primary])
-        return Evaluated(
-            weight=float(rewards.shape[1]),
-            rewards=means,
-            counts=(~rewards.isnan()).sum(dim=1),
-            accuracy=None if accuracy is None or accuracy != accuracy else accuracy,
-        )
-
-    def _prompts(self, folder: Path) -> tuple[Prompts, Prompts]:
-        settings = self.config.prompts
-        shared: dict[str, Any] = {
-            "folder": folder,
-            "prompt": settings.prompt,
-            "template": settings.template,
-            "system": settings.system,
-            "as_chat": settings.as_chat,
-            "split": settings.split,
-            "rename": settings.rename,
-        }
-        prompts = load_prompts(settings.path, limit=settings.limit, where=f"{self.where}: prompts.path", **shared)
-        if settings.heldout is not None:
-            return prompts, load_prompts(settings.heldout, where=f"{self.where}: prompts.heldout", **shared)
-        try:
-            train, heldout = split_heldout(prompts, settings.heldout_share, 0)
-        except DataError as error:
-            raise DataError(f"{self.where}: prompts.heldout_share: {error}") from error
-        return train, heldout
-
-    def _audit(self, name: str) -> bool:
-        return self.config.rewards[name].audit
-
-
-def _loaded(name: str, reward: RewardSettings, *, where: str, folder: Path) -> LoadedReward:
-    place = f"{where}: rewards.{name}"
-    return load_reward(reward.use, reward.kwargs, where=place, folder=folder, timeout_s=reward.timeout_s)
+    def _algorithm(self) -> Algorithm:
+        assert self.contract is not None
+        return parse_algorithm(self.contract.algorithm)

@@ -22,6 +22,7 @@ from fedpact.runtime.exchange import Round, mean_reply
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.server import ServerSide
 from fedpact.runtime.store import RunFolder
+from fedpact.runtime.trainer import Trainer
 from fedpact.runtime.transport import Failure, Transport
 from fedpact.seeding import permutation
 from fedpact.types import Adapter, ClientId, Memory
@@ -41,6 +42,8 @@ class Start:
     model: Skeleton
     adapter: Adapter
     adapter_config: Mapping[str, Any]
+    trainer: Trainer | None = None
+    """The server's own model, questions and rewards, if the run file names any."""
 
 
 class Run:
@@ -51,6 +54,7 @@ class Run:
     ) -> None:
         self.folder, self.config, self.start, self.transport, self.observer = folder, config, start, transport, observer
         self.contract: Contract = contract_of(config, model=start.model.sha256)
+        self.trainer = start.trainer
         self.canonical = self.contract.canonical()
         self.hash = contract_hash(self.canonical)
         self.name = folder.path.resolve().name
@@ -84,7 +88,7 @@ class Run:
                 self.observer.dropped(client, answer.reason)
                 continue
             reply = unwrap(envelopes[client], answer)
-            admit(reply, self.limits)
+            admit(reply, self.limits, Hello(self.canonical))
             assert isinstance(reply, Introduced)
             self._note(envelopes[client], client, "admitted")
             introduced[client] = reply
@@ -138,8 +142,10 @@ class Run:
         )
         if number > 0:
             cohort = {client: clients[client] for client in self._cohort(number, sorted(clients))}
-            side = ServerSide(one, clients=cohort, objectives=list(self.config.objectives), memory=memory)
+            side = ServerSide(one, contract=self.contract, clients=cohort, memory=memory, trainer=self.trainer)
             adapter = self.config.algorithm.server(adapter, side)
+            if side.sampler_gap is not None:
+                side.log(sampler_gap=side.sampler_gap)
         if number % self.config.evaluation.every == 0 or number == self.config.rounds:
             self._evaluate(one, adapter, clients)
         self.folder.commit(
@@ -167,8 +173,15 @@ class Run:
         return sorted(names[i] for i in order[:size])
 
     def _evaluate(self, one: Round, adapter: Adapter, clients: Mapping[ClientId, Introduced]) -> None:
+        """Held-out results: the server's where it has held-out prompts, and the members' where those train."""
         for greedy in (False, True) if self.config.evaluation.greedy else (False,):
             prefix = "heldout_greedy" if greedy else "heldout"
+            if self.trainer is not None:
+                found = self.trainer.evaluate(Evaluate(adapter, greedy), round=one.number)
+                one.log("server", self._figures(prefix, found))
+                if "server" in self.config.algorithm.needs:
+                    one.log("all", self._figures(prefix, found))
+                    continue
             replies = one.ask(dict.fromkeys(clients, Evaluate(adapter, greedy)))
             for client, reply in replies.items():
                 one.log(client, self._figures(prefix, reply))

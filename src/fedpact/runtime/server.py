@@ -5,33 +5,66 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from torch import Tensor
+
+from fedpact.errors import ConfigError
 from fedpact.messages import Averaged, Introduced, Reply, Request, Trained
+from fedpact.runtime.contract import Contract
 from fedpact.runtime.exchange import Round, mean_reply
-from fedpact.types import ClientId, Memory
+from fedpact.runtime.learner import Learner
+from fedpact.runtime.trainer import Trainer
+from fedpact.seeding import key, uniforms
+from fedpact.types import NO_PROMPTS, ClientId, Memory, Prompts
 
 R = TypeVar("R", bound=Reply)
 A = TypeVar("A", bound=Averaged)
 
 
-class ServerSide:
+class ServerSide(Learner):
     """See `protocols.Server`. `clients` is this round's cohort; `memory` is written back when the round commits."""
 
     def __init__(
-        self, one: Round, *, clients: Mapping[ClientId, Introduced], objectives: Sequence[str], memory: Memory
+        self,
+        one: Round,
+        *,
+        contract: Contract,
+        clients: Mapping[ClientId, Introduced],
+        memory: Memory,
+        trainer: Trainer | None,
     ) -> None:
-        self._round = one
+        self._round, self._trainer_or_none = one, trainer
         self.round = one.number
         self.clients: Mapping[ClientId, Introduced] = dict(sorted(clients.items()))
-        self.objectives = objectives
-        self.memory = memory
+        super().__init__(
+            contract=contract,
+            rewards=trainer.rewards if trainer else {},
+            audits=trainer.audits if trainer else frozenset(),
+            train_prompts=trainer.prompts if trainer else NO_PROMPTS,
+            policy=lambda: self._trainer.policy(one.number, 0, "server"),
+            memory=memory,
+            walk=("server",),  # not the round: the steps of a run are one walk
+        )
 
-    def ask(self, requests: Request[R] | Mapping[ClientId, Request[R]]) -> Mapping[ClientId, R]:
+    def auxiliary(self) -> Prompts:
+        return self._trainer.auxiliary()
+
+    def embed(self, prompts: Prompts) -> Tensor:
+        return self._trainer.embed(prompts, lambda: self.policy)
+
+    def uniforms(self, purpose: str, rows: int, columns: int) -> Tensor:
+        return uniforms(key(self.contract.seed, self.round, "server", purpose), rows, columns)
+
+    def ask(
+        self, requests: Request[R] | Mapping[ClientId, Request[R]], *, min_replies: int | None = None
+    ) -> Mapping[ClientId, R]:
         if isinstance(requests, Request):
             requests = dict.fromkeys(self.clients, requests)
         strangers = set(requests) - set(self.clients)
         if strangers:
             raise ValueError(f"ask: {sorted(strangers)} are not in this round's cohort {sorted(self.clients)}")
-        replies = self._round.ask(requests)
+        if not requests:
+            return {}
+        replies = self._round.ask(requests, min_replies=min_replies)
         self._log(replies)
         return replies
 
@@ -50,6 +83,12 @@ class ServerSide:
 
     def log(self, **metrics: float) -> None:
         self._round.log("server", metrics)
+
+    @property
+    def _trainer(self) -> Trainer:
+        if self._trainer_or_none is None:
+            raise ConfigError("server: missing in the run file; this algorithm trains at the server")
+        return self._trainer_or_none
 
     def _log(self, replies: Mapping[ClientId, Reply]) -> None:
         for client, reply in replies.items():

@@ -52,7 +52,8 @@ MAX_COMPLETION_LENGTH = 12
 """The longest completion of the corpus has 10 tokens."""
 
 _IDS = {word: i for i, word in enumerate(WORDS)}
-_BATCH = 64
+BATCH = 64
+"""Rows of a training step."""
 _LEARNING_RATE = 5e-3
 _PROMPT = 7  # tokens of every prompt
 _ROW = _PROMPT + 10
@@ -90,6 +91,15 @@ def train(out: Path, *, seed: int = 0, steps: int = STEPS) -> list[float]:
 
     Returns the loss of every step. Runs on one thread; the caller's threads and random state are restored.
     """
+    with one_thread():
+        model = new_model(seed=seed)
+        losses = fit(model, corpus(steps * BATCH, seed=seed), steps)
+    save(model, out)
+    return losses
+
+
+def new_model(*, seed: int) -> Any:
+    """A model that knows nothing yet; the caller's random state is restored."""
     from transformers import LlamaConfig, LlamaForCausalLM  # here, because importing transformers costs seconds
 
     config = LlamaConfig(
@@ -105,12 +115,9 @@ def train(out: Path, *, seed: int = 0, steps: int = STEPS) -> list[float]:
         eos_token_id=_IDS[EOS],
         bos_token_id=None,
     )
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "opchains", "init"))
-        model = LlamaForCausalLM(config)
-        losses = _fit(model, corpus(steps * _BATCH, seed=seed), steps)
-    _save(model, out)
-    return losses
+        return LlamaForCausalLM(config)
 
 
 def corpus(size: int, *, seed: int) -> Tensor:
@@ -122,9 +129,14 @@ def corpus(size: int, *, seed: int) -> Tensor:
     for i, (reasoned, tagged, forbidden) in zip(drawn, styles.tolist(), strict=True):
         op, digits = pairs[i]
         said = completion(op, digits, reasoned=reasoned, tagged=tagged, forbidden=forbidden)
-        words = f"<|user|> {opchains.question(op, digits)} <|assistant|> {said} {EOS}".split()
-        rows.append([_IDS[word] for word in words] + [_IDS[PAD]] * (_ROW - len(words)))
+        rows.append(row(op, digits, said))
     return torch.tensor(rows)
+
+
+def row(op: str, digits: Sequence[int], said: str) -> list[int]:
+    """The token ids of one training example, padded on the right to 17."""
+    words = f"<|user|> {opchains.question(op, digits)} <|assistant|> {said} {EOS}".split()
+    return [_IDS[word] for word in words] + [_IDS[PAD]] * (_ROW - len(words))
 
 
 def completion(op: str, digits: Sequence[int], *, reasoned: bool, tagged: bool, forbidden: bool) -> str:
@@ -152,7 +164,7 @@ def measure(model_path: Path, *, size: int = 96, samples: int = 1, seed: int = 0
     chats = [tokens.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for c in cases for t in c.text]
     prompt_ids = tokens(chats, return_tensors="pt")["input_ids"]  # [p, 7]
     draws = uniforms(key(seed, "opchains", "measure"), len(answers) * samples, MAX_COMPLETION_LENGTH)
-    with _one_thread():
+    with one_thread():
         drawn = _complete(model, prompt_ids.repeat_interleave(samples, 0), draws)  # [p * samples, t]
         best = _complete(model, prompt_ids, None)  # [p, t]
 
@@ -178,11 +190,14 @@ def measure(model_path: Path, *, size: int = 96, samples: int = 1, seed: int = 0
     return {name: values.mean().item() for name, values in figures.items()}
 
 
-def _fit(model: Any, rows: Tensor, steps: int) -> list[float]:
-    # Cross-entropy of the completions only; the learning rate rises for 50 steps and falls to a tenth at the end.
+def fit(model: Any, rows: Tensor, steps: int) -> list[float]:
+    """Train on `rows` ([steps * 64, 17]) in their order, in place; returns the loss of every step.
+
+    Cross-entropy of the completions only; the learning rate rises for 50 steps and falls to a tenth at the end.
+    """
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     losses = []
-    for step, batch in enumerate(rows.view(steps, _BATCH, _ROW)):
+    for step, batch in enumerate(rows.view(steps, BATCH, _ROW)):
         optimizer.param_groups[0]["lr"] = _LEARNING_RATE * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
         logits = model(batch).logits[:, _PROMPT - 1 : -1]  # [64, 10, vocabulary]
         loss = cross_entropy(logits.flatten(0, 1), batch[:, _PROMPT:].flatten(), ignore_index=_IDS[PAD])
@@ -221,7 +236,8 @@ def _right(said: Sequence[str], answers: Sequence[str]) -> Tensor:
     return torch.tensor([float(_digits(text)[-1:] == [answer]) for text, answer in zip(said, answers, strict=True)])
 
 
-def _save(model: Any, out: Path) -> None:
+def save(model: Any, out: Path) -> None:
+    """Write `model` and its tokenizer to `out` as a transformers folder with a MANIFEST."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     out.mkdir(parents=True, exist_ok=True)
@@ -252,8 +268,8 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    # The order of floating-point sums depends on the number of threads.
+def one_thread() -> Iterator[None]:
+    """One thread within: the order of floating-point sums depends on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,0 +1,207 @@
+"""FedGRPO: the server trains, and for every question the members that know best rate its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from fedpact.algorithms.base import Algorithm
+from fedpact.algorithms.judging import Raters, public, questions_of, score, train_at_server, with_own
+from fedpact.algorithms.record import add_to_record, log_record, rate_on_record
+from fedpact.algorithms.steps import Aggregation
+from fedpact.core.confidence import chosen_experts, competence, edge_weights, neighbours
+from fedpact.core.consensus import blocks, combined, everybody, rater_agreement, standardised
+from fedpact.errors import DataError
+from fedpact.messages import Examine, Examined, Score, Scored
+from fedpact.protocols import Client, Server
+from fedpact.types import Adapter, ClientId, Prompts, Rollout
+
+CANARY = "canary"
+"""The column that marks canaries; it stays at the server."""
+
+
+class FedGRPO(Algorithm):
+    """A confidence graph chooses each question's experts; they return scalars, and GRPO runs over the candidates.
+
+    The graph is the paper's (arXiv:2602.12014, section "Confidence graph"): the nearest auxiliary questions by cosine,
+    and each member's hit rate on them. A hit is our reading for judges in general: the judge puts the reference answer
+    above a wrong one, which for a judge that answers the question itself is the paper's "answers it rightly".
+
+    The paper's printed rule standardises over the experts of one candidate. Those values add up to zero, and so does
+    the update. Here the group is the candidates of a question, each rewarded with what its experts say on average.
+    """
+
+    name: Literal["fedgrpo"] = "fedgrpo"
+    server_steps: PositiveInt = 8
+    """Steps in a round, with one exchange each."""
+    experts: Literal["confidence", "random", "all", "oracle"] = "confidence"
+    """Who rates a question: the most competent members, any members, all of them, or those whose task is the question's
+    `domain`. All but the first are there to compare with."""
+    num_experts: PositiveInt = 2
+    """For each question; the paper's M."""
+    num_neighbours: PositiveInt = 20
+    """Auxiliary questions that a question is compared with; the paper's L."""
+    edge_temperature: PositiveFloat | None = None
+    """Weighs neighbours by softmax(cosine / temperature), our extension. None: all alike, the paper's."""
+    competence_floor: float = Field(default=0.0, ge=0, le=1)
+    """Members below this hit rate are not asked; a question without any such member is skipped."""
+    assignment: Literal["everybody", "blocks"] = "everybody"
+    """Every expert rates every candidate, or, as in the official code, each a block of its own."""
+    standardise: bool = False
+    """Put each expert's ratings of a question on a scale of its own first: for judges that are no 0/1."""
+    aggregation: Literal["mean", "median", "trimmed_mean"] = "mean"
+    """How the experts' ratings of a candidate become one; the latter two withstand a liar and need three experts."""
+    canaries: NonNegativeInt = 0
+    """Auxiliary questions among those of a step: the server knows the answers and keeps a record of the raters."""
+    min_canary: float | None = Field(default=None, ge=0, le=1)
+    """A rater that was right on fewer of the canaries' candidates is asked no more. None: only log it."""
+    min_agreement: float | None = Field(default=None, ge=0, le=1)
+    """A rater that agrees less with the median of two or more others is asked no more. None: only log it."""
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"
+    """Weighted raw rewards make one group, as in the official code, or each objective is standardised first. TRL's
+    names."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"server", "primary"})
+
+    def check(self, objectives: Sequence[str]) -> None:
+        if self.aggregation != "mean" and self.num_experts < 3 and self.experts != "all":
+            raise ValueError(
+                f"algorithm.num_experts: found {self.num_experts}; {self.aggregation} needs at least 3 raters"
+            )
+        if self.min_canary is not None and not self.canaries:
+            raise ValueError("algorithm.canaries: found 0; min_canary needs at least 1")
+
+    def server(self, adapter: Adapter, server: Server) -> Adapter:
+        if self.experts == "confidence":
+            self.examine_newcomers(server)
+        raters = Raters(server, sorted(server.clients))
+
+        def judge(rollout: Rollout, step: int) -> Tensor:
+            chosen = self.chosen(server, questions_of(rollout), raters.names, step)  # [p, k]
+            share = everybody if self.assignment == "everybody" else blocks
+            ratings = raters.rate(rollout, share(chosen, rollout.group_size))  # [k, m, n]
+            raters.note(experts=float(chosen.sum(1).float().mean()), skipped=float((~chosen.any(1)).float().mean()))
+            self.keep_record(server, rollout, raters.names, ratings)
+            if self.standardise:
+                ratings = torch.stack([standardised(one, rollout.group_size) for one in ratings.unbind(1)], dim=1)
+            rewards = torch.stack([combined(one, self.aggregation) for one in ratings.unbind(1)])  # [m, n]
+            return with_own(rewards, server.rewards(rollout.prompts, rollout.completions), server.primary)
+
+        how = self.multi_objective_aggregation
+        adapter = train_at_server(
+            adapter, server, judge, steps=self.server_steps, how=how, prompts=lambda step: self.questions(server, step)
+        )
+        raters.close()
+        log_record(server, ("agreement", "canary") if self.canaries else ("agreement",))
+        return adapter
+
+    # --- who is asked -----------------------------------------------------------------------------------------------
+
+    def examine_newcomers(self, server: Server) -> None:
+        """One exchange with the members whose competence is not known yet; it is remembered for the run."""
+        unknown = [name for name in sorted(server.clients) if f"examined/{name}" not in server.memory]
+        questions = server.auxiliary()
+        if not unknown:
+            return
+        if "reference" not in questions.columns:
+            raise DataError("server.auxiliary: no column 'answer'; expected reference answers, use rename")
+        references = list(questions.columns["reference"])
+        request = Examine(public(questions), references, decoys(references, questions.columns.get("domain")))
+        for name, reply in server.ask(dict.fromkeys(unknown, request), min_replies=0).items():
+            server.memory[f"examined/{name}"] = reply.correct.float()
+
+    def chosen(self, server: Server, questions: Prompts, names: Sequence[ClientId], step: int) -> Tensor:
+        """Who rates which question: bool [p, k]."""
+        able = torch.tensor([not self.excluded(server, name) for name in names])  # [k]
+        draws = server.uniforms(f"experts/{step}", len(questions), len(names))
+        if self.experts == "all":
+            return able.expand(len(questions), -1)
+        floor = 0.0
+        if self.experts == "confidence":
+            rates, floor = self.competence(server, questions, names), self.competence_floor
+        elif self.experts == "oracle":
+            if "domain" not in questions.columns:
+                raise DataError("server.prompts: no column 'domain'; experts = \"oracle\" needs it, use rename")
+            fits = [[server.clients[name].task == d for name in names] for d in questions.columns["domain"]]
+            rates = torch.where(torch.tensor(fits), 1.0, torch.nan)
+        else:
+            rates = torch.ones(len(questions), len(names))
+        return chosen_experts(rates.masked_fill(~able, torch.nan), self.num_experts, floor=floor, draws=draws)
+
+    def competence(self, server: Server, questions: Prompts, names: Sequence[ClientId]) -> Tensor:
+        """Hit rates of the members around each question: [p, k], NaN for one that was not examined."""
+        known = server.auxiliary()
+        unexamined = torch.full((len(known),), torch.nan)
+        correct = torch.stack([server.memory.get(f"examined/{name}", unexamined) for name in names])  # [k, a]
+        index, similarity = neighbours(self.embedded(server, questions), server.embed(known), self.num_neighbours)
+        return competence(correct, index, edge_weights(similarity, self.edge_temperature))
+
+    def embedded(self, server: Server, questions: Prompts) -> Tensor:
+        """Where questions lie: [p, h] unit rows."""
+        return server.embed(questions)
+
+    # --- what becomes of liars --------------------------------------------------------------------------------------
+
+    def questions(self, server: Server, number: int) -> Prompts:
+        """The prompts of a step of the run: the server's, and among them `canaries` auxiliary ones."""
+        questions = server.prompts(number)
+        if not self.canaries:
+            return questions
+        known = server.auxiliary()
+        drawn = server.uniforms(f"canaries/{number}", 1, len(known))[0].argsort()[: self.canaries]
+        mixed = questions.followed_by(known.select(drawn.tolist()))
+        marked = replace(mixed, columns={**mixed.columns, CANARY: [i >= len(questions) for i in range(len(mixed))]})
+        order = server.uniforms(f"canaries/{number}/order", 1, len(mixed))[0].argsort()
+        return marked.select(order.tolist())  # shuffled: their place must not give them away
+
+    def keep_record(self, server: Server, rollout: Rollout, names: Sequence[ClientId], ratings: Tensor) -> None:
+        """Add this exchange to what is known of the raters: agreement with each other, and with the truth."""
+        assert server.primary is not None
+        primary = ratings[:, server.primary]  # [k, n]
+        add_to_record(server.memory, "agreement", names, *rater_agreement(primary))
+        places = [i for i, canary in enumerate(rollout.prompts.columns.get(CANARY, ())) if canary]
+        if places:
+            truth = server.audit(rollout.prompts.select(places), [rollout.completions[i] for i in places])
+            same = (primary[:, places] > 0.5) == (truth[server.primary] > 0.5)
+            compared = ~primary[:, places].isnan() & ~truth[server.primary].isnan()
+            add_to_record(server.memory, "canary", names, (same & compared).sum(1), compared.sum(1))
+
+    def excluded(self, server: Server, name: ClientId) -> bool:
+        """Whether this rater's record speaks against it."""
+        for kind, least in (("canary", self.min_canary), ("agreement", self.min_agreement)):
+            rate = rate_on_record(server.memory, kind, name)
+            if least is not None and rate is not None and rate < least:
+                return True
+        return False
+
+    # --- client -----------------------------------------------------------------------------------------------------
+
+    def score(self, request: Score, client: Client) -> Scored:
+        return score(request, client)
+
+    def examine(self, request: Examine, client: Client) -> Examined:
+        assert client.primary is not None
+        right = client.judge(request.prompts, request.references)[client.primary]
+        wrong = client.judge(request.prompts, request.decoys)[client.primary]
+        return Examined(right > wrong)  # false where the judge has no opinion
+
+
+def decoys(references: Sequence[str], domains: Sequence[str] | None = None) -> list[str]:
+    """A wrong answer to every question: the next question's reference that differs, of the same domain if there is one.
+
+    Raises DataError if all references are the same.
+    """
+    if len(set(references)) < 2:
+        raise DataError("server.auxiliary: all answers are the same; expected some that differ")
+    found = []
+    for i, reference in enumerate(references):
+        others = [(i + step) % len(references) for step in range(1, len(references))]
+        wrong = [j for j in others if references[j] != reference]
+        near = [j for j in wrong if domains is not None and domains[j] == domains[i]]
+        found.append(references[(near or wrong)[0]])
+    return found

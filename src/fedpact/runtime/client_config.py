@@ -1,0 +1,142 @@
+"""The client files, and what a run file has in common with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from fedpact.errors import ConfigError
+from fedpact.messages import REQUESTS
+from fedpact.runtime.toml import read_toml, validated
+from fedpact.settings import Settings
+
+Name = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+class ModelSettings(Settings):
+    """How a member runs the model: never what it computes."""
+
+    path: str | None = None
+    """The member's own copy of the contract's model. None: the run file's (in a simulation only)."""
+    device: str = "auto"
+    """"auto" takes a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the frozen base; the adapter is float32."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Tokens in one forward and backward pass, and a sixteenth of those in one batch of sampling: bounds the memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, about a third more time."""
+    fused_decoder: bool = True
+    """Sample with the fused decoder where the model has the Llama layout; otherwise with transformers."""
+
+
+class PromptSettings(Settings):
+    """A member's prompts."""
+
+    path: str
+    """JSONL, JSON, CSV or Parquet relative to the client file, a `datasets` id, or gym:NAME."""
+    heldout: str | None = None
+    """Prompts that are never trained on. None: `heldout_share` of `path`."""
+    heldout_share: float = Field(default=0.1, gt=0, lt=1)
+    """By a hash of the prompt, so that equal prompts lie on one side."""
+    prompt: str = "prompt"
+    """The column that holds a text or a chat."""
+    template: str | None = None
+    """Builds the prompt from columns instead, as in "Question: {question}"."""
+    system: str | None = None
+    """A system message to put first."""
+    as_chat: bool = False
+    """Make a plain text the user's message of a chat."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """A column of the file to its new name, as in { solution = "answer" }."""
+    split: str | None = None
+    """Of a `datasets` id."""
+    limit: PositiveInt | None = None
+    """Read this many prompts at the most."""
+
+
+class RewardSettings(Settings):
+    """One of a member's reward functions."""
+
+    use: str
+    """`package.module:function`, or `file.py:function` beside the client file."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Its settings."""
+    timeout_s: PositiveFloat = 60.0
+    """A call that takes longer fails."""
+    audit: bool = False
+    """Measure it when evaluating, never train on it."""
+    otherwise: RewardSettings | None = None
+    """A second reward, for just those completions to which the first does not apply (None): ground truth first, a judge
+    elsewhere."""
+
+
+class AnswerSettings(PromptSettings):
+    """A member's trusted answers, joined to the server's questions: their columns reach the rewards, None elsewhere."""
+
+    id: str | None = None
+    """The column with the questions' public ids; questions without one are joined by their normalised text."""
+
+
+class SiteSettings(Settings):
+    """The gate: what this member lets in and out. A ceiling refuses; it never changes a request."""
+
+    accept: str | None = None
+    """The contract's hash. None: any contract (in a simulation only)."""
+    verbs: tuple[str, ...] = tuple(REQUESTS)
+    """Which requests are answered, of those that the accepted algorithm sends."""
+    share: tuple[Literal["rewards", "accuracy", "metrics"], ...] | None = None
+    """What may leave beside the adapter. None: rewards and accuracy; everything in a simulation."""
+    min_samples: PositiveInt = 1
+    """Refuse to report held-out means that rest on fewer completions."""
+    clip_norm: PositiveFloat | None = None
+    """Shorten a larger change of the adapter to this norm."""
+    max_weight: PositiveFloat | None = None
+    """Cap of what this member counts in an average."""
+    max_local_steps: PositiveInt | None = None
+    """Ceiling, like the following ones: local_steps times num_iterations."""
+    max_completion_length: PositiveInt | None = None
+    max_learning_rate: PositiveFloat | None = None
+    max_rounds: PositiveInt | None = None
+    max_candidates: PositiveInt | None = None
+    """Completions to judge in one request."""
+    epsilon_per_prompt: PositiveFloat | None = None
+    """Randomised response on 0/1 rewards: each request spends this on each question, evenly over its candidates; being
+    asked about a question again adds up. None: exact rewards leave."""
+
+
+class ClientConfig(Settings):
+    """A client file: a member's own, it never leaves."""
+
+    name: str = Field(pattern=Name, max_length=64)
+    """Letters, digits, ".", "_" and "-"."""
+    task: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$", max_length=64)
+    """Members of one task have comparable accuracies."""
+    model: ModelSettings = ModelSettings()
+    prompts: PromptSettings | None = None
+    """What it trains on; a member that only judges has none."""
+    answers: AnswerSettings | None = None
+    """What it knows of the server's questions."""
+    rewards: dict[str, RewardSettings] = Field(min_length=1)
+    site: SiteSettings = SiteSettings()
+
+    @model_validator(mode="after")
+    def _own_name(self) -> ClientConfig:
+        if self.name in ("all", "server"):
+            raise ValueError(f"name: {self.name!r} stands for others in the metrics; choose another")
+        return self
+
+
+def load_client(path: Path) -> ClientConfig:
+    """The client file at `path`. Raises ConfigError, one line."""
+    return validated(ClientConfig, read_toml(path), where=str(path))
+
+
+def client_files(folder: Path) -> list[Path]:
+    """The client files of a simulation, by name. Raises ConfigError if there are none."""
+    files = sorted(folder.glob("*.toml")) if folder.is_dir() else []
+    if not files:
+        raise ConfigError(f"{folder}: no client files; expected one NAME.toml for each member")
+    return files

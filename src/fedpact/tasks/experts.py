@@ -1,0 +1,68 @@
+"""Judges for the second demo: models that know one operation of the op chains, and hardly any other.
+
+An expert is the warm start, trained further on one operation with clean chains of thought, and saved as an ordinary
+transformers folder. A beginner learns the same from nothing, in too few steps: what happens to those who trust it is
+the point of having one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedpact.seeding import generator
+from fedpact.tasks import opchains, warmstart
+
+STEPS = 160
+"""Two seconds on one core; an expert is then right on nearly every prompt of its operation."""
+BEGINNER_STEPS = 50
+
+
+def train_expert(op: str, out: Path, *, steps: int = STEPS, seed: int = 0, base: Path | None = None) -> list[float]:
+    """Train the model at `base` (None: the shipped one) further on `op`, and write it to `out`.
+
+    Returns the loss of every step. The same bytes on the same machine with the same versions.
+    Raises ValueError for an unknown operation.
+    """
+    from transformers import AutoModelForCausalLM
+
+    rows = clean_rows(op, steps * warmstart.BATCH, seed=seed)
+    with warmstart.one_thread():
+        model = AutoModelForCausalLM.from_pretrained(base or warmstart.model_folder())
+        losses = warmstart.fit(model, rows, steps)
+    warmstart.save(model, out)
+    return losses
+
+
+def train_beginner(op: str, out: Path, *, steps: int = BEGINNER_STEPS, seed: int = 0) -> list[float]:
+    """Train a model from nothing on `op`, for too short a time, and write it to `out`; else as `train_expert`."""
+    rows = clean_rows(op, steps * warmstart.BATCH, seed=seed)
+    with warmstart.one_thread():
+        model = warmstart.new_model(seed=seed)
+        losses = warmstart.fit(model, rows, steps)
+    warmstart.save(model, out)
+    return losses
+
+
+def clean_rows(op: str, size: int, *, seed: int) -> Tensor:
+    """`size` training prompts of `op`, each with its chain of thought and its answer in tags: [size, 17] int64.
+
+    Raises ValueError for an unknown operation.
+    """
+    if op not in opchains.OPS:
+        raise ValueError(f"unknown operation `{op}`; expected one of {', '.join(opchains.OPS)}")
+    pool = opchains.pool(op)
+    drawn = torch.randint(len(pool), (size,), generator=generator(seed, "opchains", "expert", op)).tolist()
+    return torch.tensor([warmstart.row(op, pool[i], _chain(op, pool[i])) for i in drawn])
+
+
+def competence(model_path: Path, *, size: int = 96) -> dict[str, float]:
+    """How often the model's likeliest completion is right, by operation, on `size` held-out prompts of each."""
+    figures = warmstart.measure(model_path, size=size)
+    return {op: figures[f"greedy/{op}"] for op in opchains.OPS}
+
+
+def _chain(op: str, digits: opchains.Digits) -> str:
+    return warmstart.completion(op, digits, reasoned=True, tagged=True, forbidden=False)
