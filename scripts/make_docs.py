@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from fedpact.algorithms import TABLE, algorithm_class
-from fedpact.runtime import config
+from fedpact.runtime import client_config, config
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -31,13 +31,14 @@ def page() -> str:
         found = algorithm_class(name)
         parts.append(f"\n### {name}\n\n{first_paragraphs(found)}\n\n{table(found, skip={'name'})}")
     parts.append("\n## Client files\n")
-    parts.append(section(config.ClientConfig, ""))
+    parts.append(section(client_config.ClientConfig, ""))
     return "".join(parts)
 
 
 def section(model: type[BaseModel], prefix: str, skip: frozenset[str] | set[str] = frozenset()) -> str:
     """A model's own keys, then each of its tables."""
     inner = {name: inner_model(field.annotation) for name, field in model.model_fields.items()}
+    inner = {name: None if found is model else found for name, found in inner.items()}  # `otherwise` is one itself
     own = table(model, skip={*skip, *(name for name, found in inner.items() if found)})
     text = f"\n{own}" if own else ""
     for name, found in inner.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fedpact.algorithms import algorithm_class
 from fedpact.cli.main import main
 
 REWARDS = '''\
@@ -141,9 +142,36 @@ def write_project(folder: Path, *, model: Path, rounds: int = 3, low: str = "low
         (clients / f"{name}.toml").write_text(text)
         rows = [{"prompt": f"w{number} w{(number * 7 + i) % 58} w{i}"} for number in range(20)]
         (clients / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [{"prompt": f"w{number} w{number * 3 % 58}", "id": f"q{number}"} for number in range(20)]
+    known = [
+        {"prompt": f"w{number} w3", "answer": f"w{number * 5 % 58}", "domain": "even" if number % 2 else "odd"}
+        for number in range(12)
+    ]
+    for name, rows in (("questions", questions), ("auxiliary", known)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = folder / "run.toml"
     path.write_text(_RUN.format(model=json.dumps(str(model)), rounds=rounds))
     return path
+
+
+def settings(algorithm: str, participation: float = 1.0) -> list[str]:
+    """The `--set` options of a run of the project with this algorithm."""
+    found = algorithm_class(algorithm)
+    few_steps = [f"{name} = 2" for name in ("local_steps", "server_steps") if name in found.model_fields]
+    chosen = [f"algorithm={{ {', '.join([f'name = {algorithm!r}', *few_steps])} }}"]
+    if "server" in found.needs:
+        audit = "" if algorithm == "grpo" else ", audit = true"
+        chosen.append(
+            'server={ prompts = { path = "questions.jsonl", heldout_share = 0.3 }, auxiliary = { path = '
+            '"auxiliary.jsonl" }, rewards = { low = { use = "clients/rewards.py:low"' + audit + " }, "
+            'brief = { use = "clients/rewards.py:brief" } } }'
+        )
+    if "reference" in found.needs:
+        chosen.append("loss.beta=0.04")
+    if participation < 1:
+        chosen.append("federation.min_replies=1")
+    chosen.append(f"federation.participation={participation}")
+    return [part for option in chosen for part in ("--set", option)]
 
 
 def edit(path: Path, old: str, new: str) -> None:

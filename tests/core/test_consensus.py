@@ -216,5 +216,5 @@ def test_agreement_needs_two_others_and_a_rating_of_ones_own():
 
 
 def test_a_majority_that_lies_makes_the_honest_look_bad():
-    total, _ = rater_agreement(column(1.0, 1.0, 0.0, 0.0, 0.0))
-    assert total.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
+    total, _ = rater_agreement(column(1.0, 1.0, 0.0, 0.0, 0.0, 0.0))
+    assert total.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]

@@ -12,8 +12,8 @@ import torch
 from fedpact.errors import InadmissibleError, RefusedError
 from fedpact.messages import Evaluate, Evaluated, Train, Trained
 from fedpact.runtime.admission import Limits, admit
-from fedpact.runtime.codec import encode
 from fedpact.runtime.client_config import SiteSettings
+from fedpact.runtime.codec import encode
 from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import contract_hash, contract_of
 from fedpact.runtime.envelope import Envelope, unwrap, wrap

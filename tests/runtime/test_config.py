@@ -129,7 +129,7 @@ def test_a_configuration_survives_being_written_down(tmp_path: Path) -> None:
         (("[rewards.correct]", "[rewards_.correct]"), "rewards_: unknown key"),
         (
             ("use = ", "kwargs = {}\nuses = "),
-            "rewards.correct.uses: unknown key; valid keys: audit, kwargs, timeout_s, use",
+            "rewards.correct.uses: unknown key; valid keys: audit, kwargs, otherwise, timeout_s, use",
         ),
     ],
 )

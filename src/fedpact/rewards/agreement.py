@@ -123,7 +123,7 @@ class Agreement:
         texts = [answer.text for answer in answers if answer.finished or self.tag]
         votes = [(text, said) for text in texts if (said := tagged(text, self.tag)) is not None and said.strip()]
         # an answer that the comparison cannot read does not even equal itself
-        votes = [(text, said) for text, said in votes if self._compare([text], [said], tag=self.tag)]
+        votes = [(text, said) for text, said in votes if self._compare([text], [said], tag=self.tag) == [1.0]]
         if self.mode != "majority" or not votes:
             return [said for _, said in votes]
         whole = [text for text, _ in votes]

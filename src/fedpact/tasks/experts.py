@@ -1,13 +1,14 @@
-"""Judges for the second demo: models that know one operation of the op chains, and hardly any other.
+"""Judges for the second demo: models that know one operation of the op chains, and less of every other.
 
 An expert is the warm start, trained further on one operation with clean chains of thought, and saved as an ordinary
-transformers folder. A beginner learns the same from nothing, in too few steps: what happens to those who trust it is
-the point of having one.
+transformers folder. A beginner starts from nothing and gets too few steps: on most operations it is wrong more often
+than right, and a server that asks beginners learns their mistakes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,34 +17,28 @@ from fedpact.seeding import generator
 from fedpact.tasks import opchains, warmstart
 
 STEPS = 160
-"""Two seconds on one core; an expert is then right on nearly every prompt of its operation."""
+"""An expert is right on all of its operation after 60; what comes then makes it forget the others."""
 BEGINNER_STEPS = 50
 
 
 def train_expert(op: str, out: Path, *, steps: int = STEPS, seed: int = 0, base: Path | None = None) -> list[float]:
     """Train the model at `base` (None: the shipped one) further on `op`, and write it to `out`.
 
-    Returns the loss of every step. The same bytes on the same machine with the same versions.
+    Returns the loss of every step. Trained again, it has the same bytes on the same machine with the same versions.
     Raises ValueError for an unknown operation.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     rows = clean_rows(op, steps * warmstart.BATCH, seed=seed)
-    with warmstart.one_thread():
-        model = AutoModelForCausalLM.from_pretrained(base or warmstart.model_folder())
-        losses = warmstart.fit(model, rows, steps)
-    warmstart.save(model, out)
-    return losses
+    return _fitted(AutoModelForCausalLM.from_pretrained(base or warmstart.model_folder()), rows, steps, out)
 
 
 def train_beginner(op: str, out: Path, *, steps: int = BEGINNER_STEPS, seed: int = 0) -> list[float]:
     """Train a model from nothing on `op`, for too short a time, and write it to `out`; else as `train_expert`."""
     rows = clean_rows(op, steps * warmstart.BATCH, seed=seed)
-    with warmstart.one_thread():
-        model = warmstart.new_model(seed=seed)
-        losses = warmstart.fit(model, rows, steps)
-    warmstart.save(model, out)
-    return losses
+    return _fitted(warmstart.new_model(seed=seed), rows, steps, out)
 
 
 def clean_rows(op: str, size: int, *, seed: int) -> Tensor:
@@ -55,7 +50,8 @@ def clean_rows(op: str, size: int, *, seed: int) -> Tensor:
         raise ValueError(f"unknown operation `{op}`; expected one of {', '.join(opchains.OPS)}")
     pool = opchains.pool(op)
     drawn = torch.randint(len(pool), (size,), generator=generator(seed, "opchains", "expert", op)).tolist()
-    return torch.tensor([warmstart.row(op, pool[i], _chain(op, pool[i])) for i in drawn])
+    said = [warmstart.completion(op, pool[i], reasoned=True, tagged=True, forbidden=False) for i in drawn]
+    return torch.tensor([warmstart.row(op, pool[i], text) for i, text in zip(drawn, said, strict=True)])
 
 
 def competence(model_path: Path, *, size: int = 96) -> dict[str, float]:
@@ -64,5 +60,8 @@ def competence(model_path: Path, *, size: int = 96) -> dict[str, float]:
     return {op: figures[f"greedy/{op}"] for op in opchains.OPS}
 
 
-def _chain(op: str, digits: opchains.Digits) -> str:
-    return warmstart.completion(op, digits, reasoned=True, tagged=True, forbidden=False)
+def _fitted(model: Any, rows: Tensor, steps: int, out: Path) -> list[float]:
+    with warmstart.one_thread():
+        losses = warmstart.fit(model, rows, steps)
+    warmstart.save(model, out)
+    return losses
