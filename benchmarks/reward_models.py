@@ -37,7 +37,7 @@ _HELDOUT = 0.2
 class Row:
     """One line of the table; one entry a seed."""
 
-    train: int = 0
+    train: list[int] = field(default_factory=list)
     heldout: list[int] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     longer: list[float] = field(default_factory=list)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fitted("harmless", folder, options, seed, harmless)
             pairs = load_pairs("llmbar.jsonl", folder=folder, where="llmbar")
             _test(judge, pairs, llmbar)
-    llmbar.train = helpful.train
+    llmbar.train = helpful.train  # LLMBar itself is only tested on
     print(table({"helpful: PandaLM": helpful, "helpful: PandaLM, tested on LLMBar": llmbar, "harmless: HH": harmless}))
 
 
@@ -83,7 +83,8 @@ def table(rows: dict[str, Row]) -> str:
         low, high = wilson(mean(row.accuracy), round(mean(row.heldout)))
         longer = mean(row.longer)
         seconds = f"{mean(row.seconds):.0f}" if row.seconds else ""
-        cells = [name, row.train, round(mean(row.heldout)), f"{mean(row.accuracy):.3f}", f"{low:.3f} to {high:.3f}"]
+        cells = [name, round(mean(row.train)), round(mean(row.heldout)), f"{mean(row.accuracy):.3f}"]
+        cells += [f"{low:.3f} to {high:.3f}"]
         cells += [f"{min(row.accuracy):.3f} to {max(row.accuracy):.3f}", f"{longer:.3f}", f"{1 - longer:.3f}", seconds]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -116,7 +117,7 @@ def _fitted(name: str, folder: Path, options: argparse.Namespace, seed: int, row
     row.accuracy.append(judge.fit())
     row.seconds.append(time.process_time() - start)
     train, heldout = split_heldout(load_pairs(f"{name}.jsonl", folder=folder, where=name), _HELDOUT, seed)
-    row.train = len(train)
+    row.train.append(len(train))
     row.heldout.append(len(heldout))
     row.longer.append(_longer(heldout))
     print(f"{name}, seed {seed}: {row.accuracy[-1]:.3f}", flush=True)

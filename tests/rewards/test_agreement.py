@@ -115,6 +115,7 @@ def test_no_own_answer_is_no_opinion():
     reward = judge(compare="numeric")
     for text in ("", "7", "<answer> </answer>", "<answer> none </answer>"):
         assert reward._opinion([Answer(text, True)]) == []
+    assert judge()._opinion([Answer("<answer> </answer>", True)]) == []
     whole = judge(compare="numeric", tag="")
     assert whole._opinion([Answer("so it is 7", True)]) == ["so it is 7"]
     assert whole._opinion([Answer("first, 7", False)]) == []  # cut: 7 need not be the answer

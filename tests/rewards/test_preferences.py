@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpact.errors import DataError
@@ -86,6 +86,7 @@ def test_dialogues_that_part_before_their_last_turn_share_the_turns_before(tmp_p
     assert pairs.prompts == [start] and pairs.chosen == [" A.\n\nHuman: x\n\nAssistant: B"]
 
 
+@settings(deadline=None)  # the first example imports TRL
 @given(st.text("ab ", min_size=1, max_size=4), st.text("ab ", max_size=4), st.text("ab ", max_size=4))
 def test_other_texts_are_split_where_trl_splits_them(start, first, second):
     trl = pytest.importorskip("trl")

@@ -87,6 +87,7 @@ def test_a_fit_is_found_again_and_gives_the_same_scores_to_the_last_bit(folder):
     assert weights(folder) == kept
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_fit_and_gives_the_same_scores(folder):
     reward = judge(folder)
     reward.fit()

@@ -24,7 +24,8 @@ class Algorithm(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of the run, checked at its start: "primary", a primary objective that every member has."""
+    """Of the run, checked at its start: "primary", a primary objective that every member has; "server", a `[server]`
+    table, because the policy is trained there and members only judge; "reference", a KL to the reference model."""
 
     def check(self, objectives: Sequence[str]) -> None:
         """Raise ValueError, naming the setting, if these settings do not go with the run's objectives."""

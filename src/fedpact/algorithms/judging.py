@@ -95,7 +95,7 @@ class Raters:
         if self.asked and not self.answered:
             raise TooFewRepliesError(f"round {self.server.round}: no member rated any candidate; see who was dropped")
         kept = {name: [value for value in values if value == value] for name, values in self.figures.items()}
-        self.server.log(**{name: sum(values) / len(values) for name, values in kept.items() if values})
+        self.server.log(**{f"train/{name}": sum(values) / len(values) for name, values in kept.items() if values})
 
     def _request(self, rollout: Rollout, places: Tensor) -> Score:
         questions = places // rollout.group_size

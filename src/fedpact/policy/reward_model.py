@@ -135,7 +135,7 @@ class ScalarModel:
     ) -> None:
         """Train adapter and head from the start on pairs: the result depends on the arguments and the base alone.
 
-        Raises DataError without a pair, or where the loss is not finite.
+        Raises DataError without a pair, or where training runs away.
         """
         if not prompts:
             raise DataError("no preference pair to train on; expected at least one")
@@ -155,14 +155,14 @@ class ScalarModel:
                 rows = order[place * size : (place + 1) * size]
                 rewards = self._rewards([side[i] for side in (better, worse) for i in rows])  # [2 * rows]
                 loss = pairwise_loss(*rewards.chunk(2))
-                if not bool(loss.isfinite()):
-                    raise DataError(f"the loss is {loss.item()} at step {step} of {steps}; lower learning_rate")
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 if settings.max_grad_norm:
                     clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / steps)
                 optimizer.step()
+                if not all(bool(value.isfinite().all()) for value in (loss, *parameters)):
+                    raise DataError(f"the model is not finite after step {step + 1} of {steps}; lower learning_rate")
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False).grad = None

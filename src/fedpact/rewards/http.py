@@ -248,7 +248,7 @@ class _Endpoint:
                     failure = f"HTTP {reply.status_code}"
                     if reply.status_code in _REFUSALS:
                         raise RewardError(f"HttpJudge: {self.url} answered {failure}; {_REFUSALS[reply.status_code]}")
-                    if True and reply.status_code < 500:
+                    if reply.status_code not in (408, 429) and reply.status_code < 500:
                         break
                     asked_s = reply.headers.get("retry-after", "")
                     wait_s = min(float(asked_s), _MAX_WAIT_S) if asked_s.isdecimal() else wait_s

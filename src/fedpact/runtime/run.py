@@ -196,14 +196,24 @@ class Run:
     def _card(self, clients: Mapping[ClientId, Introduced]) -> str:
         algorithm = self.config.algorithm.model_dump(mode="json")
         settings = "\n".join(f"- `{name}`: {value}" for name, value in algorithm.items())
+        left, carries = (
+            (
+                "No member's prompts or rewards left it.",
+                "LoRA deltas carry information about what they were trained on.",
+            )
+            if "server" not in self.config.algorithm.needs
+            else (
+                "It was trained at the server; nothing but numbers about the server's own candidates left a member.",
+                "Ratings carry information about the answers and models that they rest on.",
+            )
+        )
         return (
             f"---\nbase_model: {self.config.policy.model}\nlibrary_name: peft\ntags: [fedpact, lora, federated]\n---\n"
             f"# {self.name}\n\nA LoRA adapter aligned by {len(clients)} members with FedPact {__version__}: "
-            f"{self.config.rounds} rounds of `{algorithm.get('name')}`. No member's prompts or rewards left it.\n\n"
+            f"{self.config.rounds} rounds of `{algorithm.get('name')}`. {left}\n\n"
             f"Objectives: {', '.join(self.config.objectives)}.\n\n{settings}\n\n"
             f"Base model SHA-256 `{self.start.model.sha256}`; contract `{self.hash}`.\n\n"
-            "LoRA deltas carry information about the data they were trained on. This run added no noise to them: it "
-            "comes with no formal privacy guarantee.\n"
+            f"{carries} Unless members added noise of their own, this run has no formal privacy guarantee.\n"
         )
 
 
