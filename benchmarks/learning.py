@@ -72,15 +72,21 @@ def run_folder(out: Path, method: str, seed: int) -> Path:
 def run(out: Path, method: str, seed: int) -> None:
     """One run in a process of its own, unless it is finished."""
     folder = run_folder(out, method, seed)
+    changes = [part for change in METHODS[method] for part in ("--set", change)]
+    path = str(out / f"seed{seed}" / "run.toml")
+    finish(folder, ["-m", "fedpact", "run", path, "--out", str(folder), *changes])
+    print(f"{method}, seed {seed}: done", file=sys.stderr, flush=True)
+
+
+def finish(folder: Path, command: Sequence[str]) -> None:
+    """Run this command of Python's, or resume the run in `folder` that it began; a finished one is left alone."""
     if (folder / "final").exists():
         return
     if folder.exists() and RunFolder(folder).latest_round() is None:
         shutil.rmtree(folder)
-    command = ["resume", str(folder)] if folder.exists() else ["run", str(out / f"seed{seed}" / "run.toml")]
-    if command[0] == "run":
-        command += ["--out", str(folder), *(part for change in METHODS[method] for part in ("--set", change))]
-    subprocess.run([sys.executable, "-m", "fedpact", *command], check=True, stdout=subprocess.DEVNULL)
-    print(f"{method}, seed {seed}: done", file=sys.stderr, flush=True)
+    if folder.exists():
+        command = ["-m", "fedpact", "resume", str(folder)]
+    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
 
 def results_table(records: dict[str, list[RunRecord]]) -> str:

@@ -238,10 +238,9 @@ def test_a_chat_needs_a_template(model_folders):
         model.scores([[{"role": "user", "content": "w1"}]], ["w2"])
 
 
-@pytest.mark.parametrize("count", [4, 24], ids=["after the last step", "between steps"])
-def test_a_rate_that_is_far_too_high_is_named(count):
-    with pytest.raises(DataError, match=r"is not finite after step 1 of \d; lower learning_rate"):
-        fresh(lora_r=0).fit(*pairs(count), SETTINGS.model_copy(update={"learning_rate": 1e39}))
+def test_a_rate_that_is_far_too_high_is_named():
+    with pytest.raises(DataError, match="training is not finite at step 2 of 6; lower learning_rate"):
+        fitted(lora_r=0, settings=SETTINGS.model_copy(update={"learning_rate": 1e37}))
 
 
 def test_no_pair_is_no_training_set():

@@ -143,7 +143,7 @@ def _shared_text(chosen: str, rejected: str) -> int:
     turn = common.rfind(_TURN)
     if turn >= 0:
         return turn + len(_TURN)
-    return len(common.rstrip(" ")) if common.endswith(" ") else len(common)  # as TRL: the space starts the completion
+    return len(common) - common.endswith(" ")  # as TRL: the space begins the completion
 
 
 def _shared_messages(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:

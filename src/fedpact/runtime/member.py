@@ -54,7 +54,7 @@ class Member:
         self.answers: AnswerKey | None = None
         if config.answers is not None:
             known = prompts_at(config.answers, folder, where=f"{where}: answers")
-            self.answers = AnswerKey(known, id=config.answers.id)
+            self.answers = AnswerKey(known, id=config.answers.id, where=f"{where}: answers")
         self.rewards = {
             name: loaded(reward, where=f"{where}: rewards.{name}", folder=folder, home=home)
             for name, reward in config.rewards.items()
