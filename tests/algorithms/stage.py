@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedpact.algorithms.base import Algorithm
+from fedpact.errors import TooFewRepliesError
 from fedpact.messages import Introduced, Reply, Request, Train, Trained
 from fedpact.policy.gradients import FlatJacobian
 from fedpact.runtime.admission import Limits, admit
@@ -238,6 +239,8 @@ class StageTrainer:
         for name in sorted(set(requests) - self.away):
             replies[name] = self.algorithm.answer(requests[name], self.judges[name])
             admit(replies[name], Limits({}, len(self.objectives)), requests[name])
+        if requests and len(replies) < (1 if min_replies is None else min_replies):
+            raise TooFewRepliesError(f"{len(replies)} replies")
         return replies
 
     def log(self, **metrics: float) -> None:

@@ -104,7 +104,8 @@ def test_only_the_top_shares_remain_and_keep_their_proportions():
 
 
 def test_of_equal_shares_the_first_remain():
-    assert route(by_hand(), torch.tensor([[0.0, 1.0]]), top=2).tolist() == [[0.5, 0.5, 0.0]]
+    router = {"w1": torch.zeros(1, 2), "b1": torch.zeros(1), "w2": torch.zeros(100, 1), "b2": torch.zeros(100)}
+    assert route(router, torch.zeros(1, 2), top=2).tolist() == [[0.5, 0.5] + [0.0] * 98]
     with pytest.raises(ValueError, match="top is 0"):
         route(by_hand(), torch.zeros(1, 2), top=0)
 

@@ -125,7 +125,7 @@ def test_half_an_epoch_of_two_batches_is_one_step():
     model.fit(*pairs(8), SETTINGS.model_copy(update={"num_train_epochs": 0.5}))
     assert_close(model.head.weight.abs(), torch.full((1, 64), 1e-2), rtol=1e-4, atol=0)  # Adam's first step
     model.fit(*pairs(8), SETTINGS)
-    assert model.head.weight.abs().max() > 1.4e-2  # the second has half the rate
+    assert 1.4e-2 < model.head.weight.abs().max() < 1.51e-2  # the second has half the rate
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
@@ -239,7 +239,7 @@ def test_a_chat_needs_a_template(model_folders):
 
 
 def test_a_rate_that_is_far_too_high_is_named():
-    with pytest.raises(DataError, match="training is not finite at step 2 of 6; lower learning_rate"):
+    with pytest.raises(DataError, match=r"training is not finite at step \d of 6; lower learning_rate"):
         fitted(lora_r=0, settings=SETTINGS.model_copy(update={"learning_rate": 1e37}))
 
 

@@ -112,7 +112,8 @@ class FedGRPO(Algorithm):
             raise DataError("server.auxiliary: no column 'answer'; expected reference answers, use rename")
         references = list(questions.columns["reference"])
         request = Examine(public(questions), references, decoys(references, questions.columns.get("domain")))
-        for name, reply in server.ask(dict.fromkeys(unknown, request), min_replies=0).items():
+        needed = int(len(unknown) == len(server.clients))  # one at least must be known, or nobody would ever be asked
+        for name, reply in server.ask(dict.fromkeys(unknown, request), min_replies=needed).items():
             server.memory[f"examined/{name}"] = reply.correct.float()
 
     def chosen(self, server: Server, questions: Prompts, names: Sequence[ClientId], step: int) -> Tensor:
@@ -153,6 +154,9 @@ class FedGRPO(Algorithm):
         if not self.canaries:
             return questions
         known = server.auxiliary()
+        if ("id" in questions.columns) != ("id" in known.columns):
+            lacking = "auxiliary" if "id" in questions.columns else "prompts"
+            raise DataError(f"server.{lacking}: no column 'id', which the other questions have; it would mark canaries")
         drawn = server.uniforms(f"canaries/{number}", 1, len(known))[0].argsort()[: self.canaries]
         mixed = questions.followed_by(known.select(drawn.tolist()))
         marked = replace(mixed, columns={**mixed.columns, CANARY: [i >= len(questions) for i in range(len(mixed))]})

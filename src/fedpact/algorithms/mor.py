@@ -77,7 +77,8 @@ class MoR(Algorithm):
             rollout = server.policy.generate(known, draw=-1)
             rows = torch.arange(len(known)).repeat_interleave(rollout.group_size)
             probe = Fit(public(known), rows, list(rollout.completions))
-            for name, reply in server.ask(dict.fromkeys(new, probe), min_replies=0).items():
+            needed = int(len(new) == len(server.clients))  # one at least must be known, or nobody would ever be asked
+            for name, reply in server.ask(dict.fromkeys(new, probe), min_replies=needed).items():
                 server.memory[f"mean/{name}"], server.memory[f"std/{name}"] = reply.mean, reply.std
                 accuracies = zip(server.objectives, reply.accuracy.tolist(), strict=True)
                 server.log(**{f"pairs/{name}/{objective}": value for objective, value in accuracies})

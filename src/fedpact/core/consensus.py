@@ -34,7 +34,7 @@ def combined(ratings: Tensor, how: Literal["mean", "median", "trimmed_mean"]) ->
         raise ValueError(f"how is {how!r}; expected 'mean', 'median' or 'trimmed_mean'")
     place = torch.arange(len(ordered), device=ratings.device).unsqueeze(-1)
     # Picked, never subtracted from the sum of all: a giant that was once added hides what it was added to.
-    kept = (place >= first) & (place <= last) & (place < count)
+    kept = (place >= first) & (place <= last)
     return (ordered.masked_fill(~kept, 0.0).sum(0) / kept.sum(0)).to(ratings.dtype)
 
 

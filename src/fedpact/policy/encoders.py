@@ -46,7 +46,11 @@ def encoder(name: str, corpus: Prompts, *, folder: Path, where: str) -> Encoder:
 
 
 class HashedTokens:
-    """Bags of words and marks, hashed to 1,024 places, rare ones weighing more (inverse document frequency)."""
+    """Bags of words and marks, hashed to 1,024 places, weighed by inverse document frequency: log((1 + N) / (1 + df)).
+
+    A word that every question of the corpus has weighs nothing. Spärck Jones 1972, without the customary + 1, which
+    would let what all domains share drown what tells them apart.
+    """
 
     def __init__(self, corpus: Prompts) -> None:
         self.total = len(corpus)
@@ -56,7 +60,7 @@ class HashedTokens:
         rows = torch.zeros(len(prompts), _WIDTH, dtype=torch.float64)
         for row, text in zip(rows, prompts.text, strict=True):
             for word, count in Counter(_words(text)).items():
-                rarity = math.log((1 + self.total) / (1 + self.documents[word])) + 1
+                rarity = math.log((1 + self.total) / (1 + self.documents[word]))
                 row[key(word) % _WIDTH] += count * rarity
         return torch.nn.functional.normalize(rows, dim=-1).float()
 

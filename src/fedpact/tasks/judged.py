@@ -38,6 +38,13 @@ EXPERTS: Mapping[str, tuple[str, ...]] = {
 }
 """The demo's runs: name to what it sets in the run file."""
 
+LABELS: Mapping[str, str] = {
+    "confidence": "FedGRPO",
+    "random": "random experts",
+    "grpo": "central GRPO",
+}
+"""Those that `fedpact demo` shows."""
+
 _RUN = """\
 # FedPact's second demo: the server trains a model of 84,000 parameters on questions without answers, and members with
 # private models of their own rate its candidates.
@@ -61,7 +68,7 @@ max_completion_length = 12
 loss_type = "grpo"
 
 [optimizer]
-learning_rate = 4e-3
+learning_rate = 2e-3
 adam_beta2 = 0.99
 
 [training]
