@@ -1,6 +1,6 @@
 """What the server learns from members that only judge, over seeds, with 95 % intervals: for docs/results.md.
 
-    python -m benchmarks.judging [--seeds 5] [--rounds 20] [--jobs 2] [--out runs/judging] [--only NAME ...]
+    python -m benchmarks.judging [--seeds 5] [--rounds 10] [--jobs 2] [--out runs/judging] [--only NAME ...]
 
 Every (method, seed) is an ordinary run folder; a folder that is finished is not run again. `fedavg` is the same
 questions with the members' own answers, trained at the members: as many exchanges as `confidence` has.
@@ -52,6 +52,7 @@ METHODS: dict[str, Method] = {
     "oracle": Method(EXPERTS["oracle"]),
     "centralised": Method(EXPERTS["grpo"]),
     "confidence, truth": Method(EXPERTS["confidence"], "truth"),
+    "policy as encoder": Method((*EXPERTS["confidence"], 'server.encoder="policy"')),
     "drifting encoder": Method(EXPERTS["confidence"], drifting=True),
     "beginners, oracle": Method(EXPERTS["oracle"], "beginners"),
     "beginners, confidence": Method(EXPERTS["confidence"], "beginners"),
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/judging"))
     parser.add_argument("--only", nargs="*", choices=list(METHODS), default=list(METHODS))
@@ -141,7 +142,7 @@ def run(out: Path, name: str, seed: int) -> None:
     if name == "fedavg":  # one exchange a round, where the others have one a step
         config = load_run(path)
         steps = config.rounds * config.algorithm.model_dump()["server_steps"]
-        changes = (*changes, f"rounds={steps}", f"evaluation.every={steps}", "training.prompts_per_step=2")
+        changes = (*changes, f"rounds={steps}", f"evaluation.every={steps}", "training.prompts_per_step=1")
     if method.drifting:
         if not (folder / "final").exists():
             shutil.rmtree(folder, ignore_errors=True)  # `resume` would go on with the frozen encoder
@@ -191,7 +192,7 @@ def differences(records: dict[str, list[RunRecord]]) -> str:
         ("confidence", "oracle"),
         ("confidence", "all"),
         ("confidence, truth", "centralised"),
-        ("confidence", "drifting encoder"),
+        ("policy as encoder", "drifting encoder"),
         ("beginners, floor 0.6", "beginners, confidence"),
     )
     for one, other in pairs:

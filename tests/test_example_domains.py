@@ -87,7 +87,8 @@ def site(tmp_path: Path) -> Path:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -175,6 +176,14 @@ def test_a_folder_of_public_data_is_read_like_the_excerpt(site: Path, tmp_path: 
 )
 def test_a_tatqa_answer_is_read_if_it_is_one_plain_number(answer: Any, number: str | None) -> None:
     assert prepare.plain_number(answer) == number
+
+
+def test_a_row_may_hold_what_unicode_takes_for_a_line_end(tmp_path: Path) -> None:
+    path = tmp_path / "gsm8k/train.jsonl"
+    path.parent.mkdir()
+    asked = [{"question": f"{i} apples\u2028and {i} pears?", "answer": f"#### {2 * i}"} for i in range(8)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked), encoding="utf-8")
+    assert len(prepare.load(prepare.DOMAINS["mathematics"], tmp_path)) == 8
 
 
 def test_a_long_text_is_cut_between_words_and_says_so() -> None:

@@ -13,10 +13,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fedpact.errors import ConfigError, DataError, FedPactError
 from fedpact.policy.model import resolve
@@ -94,23 +93,19 @@ def plain_number(answer: Any) -> str | None:
     return found[1] + found[2].replace(",", "") if found else None
 
 
-@dataclass(frozen=True)
-class Domain:
-    """A data set, and how its member judges."""
+class Domain(NamedTuple):
+    """A data set, and how candidates are compared with answers."""
 
     path: str
     """In a folder of the public data."""
     read: Callable[[Sequence[Row]], Iterator[Question]]
-    reward: str
-    """Compares a candidate with a trusted answer."""
-    compare: str
-    """The same for the judge, under the name that `fedpact.rewards:Agreement` has for it."""
+    compare: Literal["exact", "numeric"]
 
 
 DOMAINS = {
-    "biomedicine": Domain("pubmedqa/pqa_labeled.jsonl", pubmedqa, "exact_answer", "exact"),
-    "finance": Domain("tatqa/dev.jsonl", tatqa, "numeric_answer", "numeric"),
-    "mathematics": Domain("gsm8k/train.jsonl", gsm8k, "numeric_answer", "numeric"),
+    "biomedicine": Domain("pubmedqa/pqa_labeled.jsonl", pubmedqa, "exact"),
+    "finance": Domain("tatqa/dev.jsonl", tatqa, "numeric"),
+    "mathematics": Domain("gsm8k/train.jsonl", gsm8k, "numeric"),
 }
 
 
@@ -118,7 +113,7 @@ def load(domain: Domain, data: Path | None) -> list[Question]:
     """The domain's questions, each text once: from `data`, or from the excerpt. Raises DataError."""
     path = data / domain.path if data else HERE / "excerpt" / f"{domain.read.__name__}.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         found = list({question.prompt: question for question in domain.read(rows)}.values())
     except OSError as error:
         raise DataError(f"{path}: not read ({error.strerror}); expected the public file of that name") from error
@@ -206,7 +201,7 @@ path = "../answers/$name.jsonl"
 id = "id"
 
 [rewards.correct]
-use = "fedpact.rewards:$reward"
+use = "fedpact.rewards:${compare}_answer"
 kwargs = { tag = "answer" }
 
 [rewards.correct.otherwise]     # put a stronger private model here, or a judge behind an endpoint: see the README
@@ -226,7 +221,7 @@ def prepare(out: Path, *, model: str, data: Path | None = None, seed: int = 0) -
     splits = {name: split(load(domain, data), seed, "split", name) for name, domain in DOMAINS.items()}
     files = {"run.toml": RUN.substitute(names)}
     for name, domain in DOMAINS.items():
-        files[f"clients/{name}.toml"] = CLIENT.substitute(names, **asdict(domain), name=name)
+        files[f"clients/{name}.toml"] = CLIENT.substitute(names, name=name, compare=domain.compare)
         files[f"answers/{name}.jsonl"] = lines(asked._asdict() for asked in known(splits[name], seed, name))
     for part in Split._fields:
         rows = in_turn({name: getattr(found, part) for name, found in splits.items()})

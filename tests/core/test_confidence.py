@@ -48,6 +48,15 @@ def test_of_equally_similar_ones_the_first_is_taken(seed, rows, width):
     assert (similarity[:, 1:] <= similarity[:, :-1]).all()
 
 
+def test_a_questions_neighbours_do_not_depend_on_what_else_is_asked():
+    draw = torch.Generator().manual_seed(1)
+    questions, auxiliary = (torch.nn.functional.normalize(torch.randn(50, 64, generator=draw), dim=-1) for _ in "qa")
+    index, similarity = neighbours(questions, auxiliary, 20)
+    for i in range(len(questions)):
+        alone = neighbours(questions[i : i + 1], auxiliary, 20)
+        assert torch.equal(alone[0][0], index[i]) and torch.equal(alone[1][0], similarity[i])
+
+
 def test_asking_for_more_neighbours_than_there_are_gives_all():
     index, similarity = neighbours(on_the_circle(0, 1), on_the_circle(0, 90), 20)
     assert index.shape == similarity.shape == (2, 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedpact.algorithms.base import Algorithm
 from fedpact.algorithms.judging import Raters, public, questions_of, score, train_at_server
 from fedpact.algorithms.steps import Aggregation
+from fedpact.core.confidence import chosen_experts
 from fedpact.core.router import fit_router, route
 from fedpact.errors import DataError
 from fedpact.messages import Fit, Fitted, Score, Scored
@@ -46,12 +47,13 @@ class MoR(Algorithm):
         known = {kind: [server.memory[f"{kind}/{name}"] for name in raters.names] for kind in ("mean", "std")}
 
         def judge(rollout: Rollout, step: int) -> Tensor:
-            weights = self.routed(server, questions_of(rollout), raters.names, domains)  # [p, k]
+            weights = self.routed(server, questions_of(rollout), raters.names, domains, step)  # [p, k]
             weights = weights.mT.repeat_interleave(rollout.group_size, dim=1)  # [k, n]
             ratings = raters.rate(rollout, weights > 0)  # [k, m, n]
             if raters.names:
                 mean, std = torch.stack(known["mean"]), torch.stack(known["std"])  # [k, m]
-                ratings = (ratings - mean[..., None]) / std.clamp(min=1e-6)[..., None]
+                # All alike on the probe: that shows no scale, and dividing by next to nothing would drown the others.
+                ratings = (ratings - mean[..., None]) / std.where(std > 1e-6, 1.0)[..., None]
             mixed = mixture(ratings, weights)
             own = server.rewards(rollout.prompts, rollout.completions)
             return torch.where(own.isnan(), mixed, own).masked_fill(mixed.isnan().all(0), torch.nan)
@@ -84,8 +86,13 @@ class MoR(Algorithm):
                 server.log(**{f"pairs/{name}/{objective}": value for objective, value in accuracies})
         return domains
 
-    def routed(self, server: Server, questions: Prompts, names: Sequence[ClientId], domains: Sequence[str]) -> Tensor:
-        """How much each member's rewards count for each question: [p, k]; rows sum to 1, or 0 where nobody fits."""
+    def routed(
+        self, server: Server, questions: Prompts, names: Sequence[ClientId], domains: Sequence[str], step: int
+    ) -> Tensor:
+        """How much each member's rewards count for each question: [p, k]; rows sum to 1, or 0 where nobody fits.
+
+        Members that fit a question equally well draw lots for the `num_experts` places, afresh in each step.
+        """
         router = {name.removeprefix("router/"): v for name, v in server.memory.items() if name.startswith("router/")}
         likely = route(router, server.embed(questions), temperature=self.temperature)  # [p, c]
         tasks = [server.clients[name].task for name in names]
@@ -93,9 +100,9 @@ class MoR(Algorithm):
         for k, task in enumerate(tasks):
             if task in domains:
                 weights[:, k] = likely[:, domains.index(task)] / tasks.count(task)
-        if self.num_experts is not None and names:
-            least = weights.topk(min(self.num_experts, len(names)), dim=1).values[:, -1:]
-            weights = weights.masked_fill(weights < least, 0.0)
+        if self.num_experts is not None:
+            draws = server.uniforms(f"experts/{step}", len(questions), len(names))
+            weights = weights * chosen_experts(weights, self.num_experts, draws=draws)
         return weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
 
     def score(self, request: Score, client: Client) -> Scored:

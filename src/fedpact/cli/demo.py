@@ -47,8 +47,8 @@ JUDGED = Demo(
     {name: judged.EXPERTS[name] for name in judged.LABELS},
     judged.LABELS,
     "A server with questions and no answers, and eight members with private models that each know one operation.",
-    "correct: right answers; format: well-formed tags. Nobody sent an answer, a model or an adapter: only numbers. Whom\n"
-    "the server asks decides what it learns; centralised training with all the answers is what to compare with.",
+    "correct: right answers; format: well-formed tags. Nobody sent an answer, a model or an adapter: only numbers.\n"
+    "Whom the server asks decides what it learns; central GRPO has all the answers, and is what to compare with.",
 )
 CHOICES = (*trained.METHODS, "fedgrpo")
 
@@ -64,7 +64,7 @@ def demo(*, algorithm: str | None, seed: int, rounds: int | None, out: Path | No
     shown = JUDGED if algorithm == "fedgrpo" else TRAINED
     print(f"{shown.opening} The files are in {folder}.\n", flush=True)
     path = shown.write(folder, model=model_folder(), seed=seed, **({} if rounds is None else {"rounds": rounds}))
-    names = [algorithm] if algorithm in shown.methods else list(shown.methods)
+    names = [algorithm] if algorithm is not None and algorithm in shown.methods else list(shown.methods)
     runs = [_run(shown, name, path, folder) for name in names]
     records = [read_run(run) for run in runs]
     _print_table(records)

@@ -53,7 +53,9 @@ def _options(
 
 @app.command()
 def demo(
-    algorithm: Annotated[str | None, typer.Option(help="fedavg, fedmoa or firm: only that run. fedgrpo: the demo in which members judge.")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="fedavg, fedmoa or firm: only that run. fedgrpo: members that judge.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of data, adapters and sampling.")] = 0,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each run.")] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; by default runs/demo, or the next free name.")] = None,

@@ -20,7 +20,7 @@ def neighbours(questions: Tensor, auxiliary: Tensor, num: int) -> tuple[Tensor, 
         raise ValueError(
             f"questions have {questions.shape[-1]} features, auxiliary ones {auxiliary.shape[-1]}; use one encoder"
         )
-    # Twins may differ in the last bit of a product; rounded to float32 they tie, and the index decides.
+    # A float32 product's last bits depend on how many questions are asked at once; a rounded float64 one's do not.
     cosines = (questions.double() @ auxiliary.double().mT).float()  # [p, a]
     similarity, index = cosines.sort(dim=-1, descending=True, stable=True)
     return index[:, :num], similarity[:, :num]

@@ -100,7 +100,7 @@ audit = true
 {format}
 
 [evaluation]
-every = 5
+every = 2
 greedy = true
 
 [simulation]
@@ -135,7 +135,7 @@ def write_judged_demo(
     *,
     model: Path,
     seed: int = 0,
-    rounds: int = 20,
+    rounds: int = 10,
     num_questions: int = 1280,
     truth: bool = False,
     weak: bool = False,

@@ -1,0 +1,485 @@
+"""Whole runs in which the server trains and the members judge: what crosses the border, and what bad members can do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpact.algorithms.fedgrpo import FedGRPO
+from fedpact.edge.local import local_transport
+from fedpact.messages import (
+    REQUESTS,
+    Examine,
+    Examined,
+    Fit,
+    Fitted,
+    Hello,
+    Introduced,
+    Reply,
+    Request,
+    Score,
+    Scored,
+)
+from fedpact.runtime.codec import decode, encode
+from fedpact.runtime.config import load_run
+from fedpact.runtime.envelope import Answer, Envelope, unwrap, wrap
+from fedpact.runtime.launch import start
+from fedpact.runtime.transport import Failure, Transport
+from fedpact.types import Adapter
+from tests.cli.conftest import MEMBERS, edit, files, in_process, model, results, run_file, settings, write_project
+
+__all__ = ["model", "run_file"]
+
+NAN = float("nan")
+Tamper = Callable[[str, Envelope, Reply], Reply | Failure]
+
+
+class Watched:
+    """A transport that keeps every message, and may change what comes back. It watches the run, too."""
+
+    def __init__(self, tamper: Tamper = lambda who, envelope, reply: reply) -> None:
+        self.tamper, self.losses = tamper, dict[str, str]()
+        self.sent: list[tuple[str, Envelope, bytes]] = []
+        self.answers: list[tuple[str, Envelope, bytes]] = []
+
+    def over(self, inner: Transport) -> Watched:
+        self.inner = inner
+        return self
+
+    def clients(self) -> Sequence[str]:
+        return self.inner.clients()
+
+    def exchange(
+        self, envelopes: Mapping[str, bytes], *, timeout_s: float | None
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        opened = {who: decode(Envelope, data) for who, data in envelopes.items()}
+        self.sent += [(who, opened[who], data) for who, data in envelopes.items()]
+        for who, answer in self.inner.exchange(envelopes, timeout_s=timeout_s):
+            if isinstance(answer, Failure):
+                yield who, answer
+                continue
+            self.answers.append((who, opened[who], answer))
+            reply = self.tamper(who, opened[who], unwrap(opened[who], answer))
+            yield who, reply if isinstance(reply, Failure) else wrap(opened[who], encode(reply))
+
+    def round_done(self, round: int, metrics: Any) -> None: ...
+    def dropped(self, client: str, reason: str) -> None:
+        self.losses[client] = reason
+
+    def asked(self, kind: type[Request[Any]]) -> list[tuple[int, str, Any]]:
+        """(round, who, request) of all requests of this kind."""
+        return [(one.round, who, one.open()) for who, one, _ in self.sent if one.verb == kind.verb]
+
+
+def launched(run_file: Path, *options: str, watched: Watched | None = None, name: str = "run") -> tuple[Watched, Path]:
+    watched, out = watched or Watched(), run_file.parent / "runs" / name / "run"
+    config = load_run(run_file, options[1::2])
+    start(
+        config,
+        run_file.parent,
+        out,
+        where=str(run_file),
+        make=lambda *one: watched.over(local_transport(*one)),
+        observer=watched,
+    )
+    return watched, out
+
+
+def fedgrpo(**options: Any) -> list[str]:
+    """Options of a short run by all raters."""
+    chosen = {"experts": "all", "server_steps": 2, **options}
+    table = ", ".join(f"{name} = {json.dumps(value)}" for name, value in chosen.items())
+    return [*settings("fedgrpo"), "--set", f"algorithm={{ name = 'fedgrpo', {table} }}", "--set", "rounds=1"]
+
+
+def figures(out: Path, key: str) -> dict[int, float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {row["round"]: row["value"] for row in rows if row["key"] == key and row["who"] == "server"}
+
+
+def final(out: Path) -> bytes:
+    return (out / "final" / "adapter_model.safetensors").read_bytes()
+
+
+# --- what crosses the border ----------------------------------------------------------------------------------------
+
+SECRETIVE = """
+import json
+from pathlib import Path
+
+RUBRIC_CANARY = "canary of a rubric"
+
+
+class CanaryJudge:
+    def __init__(self, *, home, folder, model="canary of a setting"):
+        self.home = home
+
+    def __call__(self, prompts, completions, answer, hint, **columns):
+        own = [f"canary of an own answer to {prompt}" for prompt in prompts]
+        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self.home / "canary of a file").write_text(json.dumps([own, RUBRIC_CANARY]))
+        assert any(a is not None for a in answer)
+        texts = [text.split() for text in completions]
+        return [sum(int(word[1:]) < 29 for word in words if word[0] == "w") / max(1, len(words)) for words in texts]
+
+    def fit(self):
+        return 0.75
+
+
+def canary_of_brevity(completions, **columns):
+    return [-float(len(text.split())) for text in completions]
+"""
+
+
+@pytest.fixture
+def secretive(run_file: Path) -> Path:
+    """Members and a server with something to hide: all of it holds the word canary, or "CANARY" if the server's."""
+    clients = run_file.parent / "clients"
+    (clients / "canary_rewards.py").write_text(SECRETIVE)
+    public = ["questions.jsonl", "auxiliary.jsonl"]
+    asked = [json.loads(line) for name in public for line in (run_file.parent / name).read_text().splitlines()]
+    for name in MEMBERS:
+        path = clients / f"{name}.toml"
+        text = path.read_text().replace("rewards.py:low", "canary_rewards.py:CanaryJudge")
+        text = text.replace("rewards.py:brief", "canary_rewards.py:canary_of_brevity").replace(
+            name + ".jsonl", "canary"
+        )
+        text += '\n[answers]\npath = "canary answers.jsonl"\nid = "id"\n'
+        path.write_text(text.replace('path = "canary"', 'path = "canary prompts.jsonl"'))
+    prompts = [{"prompt": f"canary of prompt w{i}", "column": "canary of a column"} for i in range(20)]
+    known = [
+        {"prompt": text, "answer": f"canary of answer {i}", "hint": "canary of a hint", "id": f"canary {i}"}
+        for i, text in enumerate(dict.fromkeys(one["prompt"] for one in asked))
+    ]
+    (clients / "canary prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (clients / "canary answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
+    rows = [one | {"answer": "CANARY", "domain": "odd", "other": "CANARY"} for one in asked[:20]]
+    (run_file.parent / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run_file
+
+
+@pytest.mark.parametrize("algorithm", ["fedgrpo", "mor"])
+def test_nothing_leaves_a_member_but_ratings_bits_and_calibration(secretive, algorithm):
+    watched, out = launched(secretive, *settings(algorithm), "--set", "rounds=2")
+    assert watched.losses == {}
+    assert b"canary" in b"".join(files(out / "clients").values())  # the members' own folders
+    shapes: dict[type, Callable[[Any], list[tuple[int, ...]]]] = {
+        Scored: lambda request: [(2, len(request.completions))],
+        Examined: lambda request: [(len(request.prompts),)],
+        Fitted: lambda request: [(2,)] * 3,
+    }
+    kinds = set()
+    for who, envelope, data in watched.answers:
+        assert b"canary" not in data.lower()
+        request, reply = envelope.open(), unwrap(envelope, data)
+        answer = decode(Answer, data)
+        assert encode(reply) == answer.reply  # no bytes beside it
+        assert len(data) < 3000 + 8 * sum(t.numel() for t in vars_of(reply) if isinstance(t, torch.Tensor))
+        kinds.add(type(reply))
+        if isinstance(request, Hello):
+            assert isinstance(reply, Introduced)
+            assert (reply.name, reply.task, reply.num_prompts > 0) == (who, "odd" if who == "east" else "even", True)
+            continue
+        values = vars_of(reply)
+        assert [tuple(value.shape) for value in values] == shapes[type(reply)](request)
+        assert all(value.dtype is (torch.bool if type(reply) is Examined else torch.float32) for value in values)
+    assert kinds == {Introduced, Scored, Examined if algorithm == "fedgrpo" else Fitted}
+    server_side = {name: data for name, data in files(out).items() if not name.startswith("clients/")}
+    leaked = [name for name, data in server_side.items() if b"canary of" in data.lower() and name != "run.json"]
+    assert leaked == []
+
+
+def vars_of(reply: Reply) -> list[Any]:
+    return [getattr(reply, one.name) for one in fields(reply)]
+
+
+@pytest.mark.parametrize("algorithm", ["fedgrpo", "mor"])
+def test_the_server_shows_questions_and_candidates_and_no_answers(secretive, algorithm):
+    watched, _ = launched(secretive, *settings(algorithm))
+    assert {one.verb for _, one, _ in watched.sent} == {
+        "hello",
+        "score",
+        "examine" if algorithm == "fedgrpo" else "fit",
+    }
+    for _, envelope, data in watched.sent:
+        assert b"CANARY" not in data  # neither answers nor other columns of the questions
+        request = envelope.open()
+        if isinstance(request, (Score, Fit)):
+            shown = request.prompts.columns
+            assert set(shown) <= {"id"}
+            assert request.prompts.domains is None
+            assert request.prompts.ids.tolist() == list(range(len(request.prompts)))
+            assert set(request.rows.tolist()) == set(range(len(request.prompts)))
+        if isinstance(request, Examine):
+            assert (dict(request.prompts.columns), len(request.references), len(request.decoys)) == ({}, 12, 12)
+    per_exchange = [(who, one.round, one.exchange) for who, one, _ in watched.sent if one.verb != "hello"]
+    assert len(per_exchange) == len(set(per_exchange))  # one message each
+
+
+def test_every_kind_of_message_is_known_here():
+    assert sorted(REQUESTS) == ["evaluate", "examine", "fit", "hello", "score", "train"]
+
+
+# --- members that fail ----------------------------------------------------------------------------------------------
+
+
+FLAKY = '''
+
+
+CALLS = []
+
+
+def flaky(completions, **columns):
+    """Late in its second call, and fails in its third; the first is the dry run."""
+    CALLS.append(len(completions))
+    time.sleep(0.8 * (len(CALLS) == 2))
+    assert len(CALLS) != 3
+    return low(completions)
+'''
+
+
+def silent(who: str, verb: str = "score", rounds: Sequence[int] = (1, 2, 3)) -> Tamper:
+    def tamper(name: str, envelope: Envelope, reply: Reply) -> Reply | Failure:
+        gone = name == who and envelope.verb == verb and envelope.round in rounds
+        return Failure("gone fishing") if gone else reply
+
+    return tamper
+
+
+def rewritten(change: Callable[[torch.Tensor], torch.Tensor], who: str = "east") -> Tamper:
+    def tamper(name: str, envelope: Envelope, reply: Reply) -> Reply | Failure:
+        return Scored(change(reply.rewards)) if isinstance(reply, Scored) and name == who else reply
+
+    return tamper
+
+
+BAD = {
+    "silent": (silent("east"), "gone fishing"),
+    "NaN": (rewritten(lambda r: r * NAN), None),
+    "infinite": (rewritten(lambda r: r + torch.inf), "not finite"),
+    "huge": (rewritten(lambda r: r - 2e6), "expected at most 1e+06"),
+    "short": (rewritten(lambda r: r[:, 1:]), "rewards: found"),
+    "long": (rewritten(lambda r: torch.cat([r, r], 1)), "rewards: found"),
+    "one objective": (rewritten(lambda r: r[:1]), "rewards: found"),
+    "integers": (rewritten(lambda r: r.nan_to_num().long()), "int64"),
+    "another kind": (lambda n, e, r: Examined(torch.ones(1).bool()) if n == "east" and e.verb == "score" else r, ""),
+}
+
+
+def test_a_member_that_answers_badly_costs_its_own_vote_and_is_named(run_file):
+    kinds = list(BAD)  # one kind of bad answer in each round
+    losses: dict[int, str] = {}
+
+    class Noting(Watched):
+        def dropped(self, client: str, reason: str) -> None:
+            assert client == "east"
+            losses[self.sent[-1][1].round] = reason
+
+    def badly(name: str, envelope: Envelope, reply: Reply) -> Reply | Failure:
+        return BAD[kinds[envelope.round - 1]][0](name, envelope, reply) if envelope.round else reply
+
+    options = [*fedgrpo(server_steps=1), "--set", f"rounds={len(kinds)}"]
+    _, out = launched(run_file, *options, watched=Noting(badly))
+    for number, (_, reason) in enumerate(BAD.values(), 1):
+        assert (number in losses) is (reason is not None), kinds[number - 1]
+        assert (reason or "") in losses.get(number, ""), kinds[number - 1]
+    _, without = launched(run_file, *options, watched=Watched(silent("east")), name="without")
+    assert {name: data for name, data in results(out).items() if "adapter_model" in name} == {
+        name: data for name, data in results(without).items() if "adapter_model" in name
+    }
+    assert sum(figures(out, "train/steps").values()) > 5
+    first, second = figures(out, "train/reward/low"), figures(without, "train/reward/low")
+    assert first == second and len(first) == len(kinds)
+
+
+def test_a_member_that_raises_or_is_late_costs_its_own_vote_and_is_named(run_file):
+    clients = run_file.parent / "clients"
+    edit(clients / "east.toml", "rewards.py:low", "rewards.py:flaky")
+    with (clients / "rewards.py").open("a") as stream:
+        stream.write(FLAKY)
+    options = [*fedgrpo(server_steps=1), "--set", "rounds=3", "--set", "federation.timeout_s=0.7"]
+    reasons = []
+    watched = Watched()
+    watched.dropped = lambda client, reason: reasons.append((client, reason))
+    _, out = launched(run_file, *options, watched=watched)
+    assert [client for client, _ in reasons] == ["east"] * 2
+    assert reasons[0][1] == "no reply within 0.7 s (federation.timeout_s)"
+    assert "rewards.low: rewards.py:flaky: raised AssertionError" in reasons[1][1]
+    steady = clients / "east.toml"
+    steady.write_text(steady.read_text().replace("flaky", "low"))
+    _, without = launched(run_file, *options, watched=Watched(silent("east", rounds=[1, 2])), name="without")
+    assert final(out) == final(without)
+
+
+@pytest.fixture
+def moody(run_file: Path) -> Path:
+    """A project whose members all fail from round 2 on, until the file `moody` is gone."""
+    clients = run_file.parent / "clients"
+    for name in MEMBERS:
+        edit(clients / f"{name}.toml", "rewards.py:low", "rewards.py:moody")
+    (clients / "moody").write_text(str(run_file.parent / "runs" / "run" / "rounds" / "0001"))
+    return run_file
+
+
+@pytest.mark.parametrize(
+    ("experts", "first", "message"),
+    [
+        ("all", 1, "round 2: no member rated any candidate"),
+        ("confidence", 0, "round 1, exchange 0: 0 of 3 members replied, expected at least 1"),
+    ],
+)
+def test_with_all_members_silent_a_run_stops_and_goes_on_once_they_are_back(moody, capfd, experts, first, message):
+    options = [*fedgrpo(experts=experts), "--set", "rounds=3"]
+    out, flag = moody.parent / "runs" / "run", moody.parent / "clients" / "moody"
+    flag.write_text(str(out / "rounds" / f"{first:04d}"))
+    capfd.readouterr()
+    assert in_process("run", moody, *options) == 5
+    lines = capfd.readouterr().err.splitlines()
+    assert {line.split(":")[0] for line in lines[:-1]} == {f"dropped {name}" for name in MEMBERS}
+    assert lines[-1].startswith("fedpact: round ")
+    assert len([line for line in lines if line.startswith("fedpact: ")]) == 1
+    flag.unlink()
+    assert in_process("resume", out) == 0
+    assert sorted(figures(out, "train/steps")) == [1, 2, 3]
+    assert figures(out, "train/steps")[3] > 0
+
+
+def test_fitting_that_nobody_answers_stops_a_run_and_it_goes_on_once_they_are_back(moody, capfd):
+    out, flag = moody.parent / "runs" / "run", moody.parent / "clients" / "moody"
+    flag.write_text(str(out / "rounds" / "0000"))
+    assert in_process("run", moody, *settings("mor")) == 5
+    assert capfd.readouterr().err.splitlines()[-1].startswith("fedpact: round 1, exchange 0: 0 of 3 members replied")
+    flag.unlink()
+    assert in_process("resume", out) == 0
+
+
+# --- liars ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def five(tmp_path: Path, model: Path) -> Path:
+    """A project of five members that rate alike, questions without ids."""
+    path = write_project(tmp_path / "project", model=model)
+    clients = path.parent / "clients"
+    text = (clients / "north.toml").read_text()
+    for name in (*MEMBERS, "west", "zenith"):
+        (clients / f"{name}.toml").write_text(text.replace('name = "north"', f'name = "{name}"'))
+    rows = [{"prompt": f"w{number} w{number * 3 % 58}"} for number in range(20)]
+    (path.parent / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_one_liar_among_five_moves_the_reward_by_less_than_two_fifths(five):
+    options = fedgrpo(aggregation="trimmed_mean", server_steps=1)
+    _, honest = launched(five, *options, name="honest")
+    liar = Watched(rewritten(lambda r: torch.full_like(r, -1e6), who="west"))
+    _, attacked = launched(five, *options, watched=liar, name="attacked")
+    before, after = (figures(out, "train/reward/low")[1] for out in (honest, attacked))
+    assert liar.losses == {}
+    assert abs(before - after) < 2 / 5
+    _, mean = launched(five, *fedgrpo(server_steps=1), watched=liar, name="mean")
+    assert abs(figures(mean, "train/reward/low")[1] - before) > 1000
+
+
+@pytest.mark.parametrize("rule", ["min_canary", "min_agreement"])
+def test_a_liar_is_found_and_asked_no_more(five, rule):
+    liar = Watched(rewritten(lambda r: (r <= 0.5).float(), who="west"))
+    options = fedgrpo(**{rule: 0.6, "server_steps": 3, "aggregation": "median", "canaries": 8})
+    watched, out = launched(five, *options, "--set", "rounds=2", watched=liar)
+    asked = [{who for number, who, _ in watched.asked(Score) if number == round} for round in (1, 2)]
+    honest = {*MEMBERS, "zenith"}
+    assert asked == [honest | {"west"}, honest]
+    kind = rule.removeprefix("min_")
+    assert figures(out, f"{kind}/west")[1] < 0.6 <= min(figures(out, f"{kind}/{name}")[1] for name in honest)
+    assert final(out)
+
+
+# --- what the server remembers --------------------------------------------------------------------------------------
+
+
+class Forgetful(FedGRPO):
+    """Starts the optimiser afresh in every round."""
+
+    def server(self, adapter: Adapter, server: Any) -> Adapter:
+        for name in [name for name in server.memory if name.startswith("optimizer/")]:
+            del server.memory[name]
+        return super().server(adapter, server)
+
+
+def test_the_optimisers_moments_matter_from_round_to_round(run_file):
+    options = [*fedgrpo(), "--set", "rounds=2"]
+    _, whole = launched(run_file, *options)
+    config = load_run(run_file, options[1::2])
+    forgetful = config.model_copy(update={"algorithm": Forgetful(**config.algorithm.model_dump())})
+    watched, out = Watched(), run_file.parent / "runs" / "forgetful" / "run"
+    start(forgetful, run_file.parent, out, where="", make=lambda *one: watched.over(local_transport(*one)),
+          observer=watched)  # fmt: skip
+    kept = [(one / "rounds" / "0001" / "adapter_model.safetensors").read_bytes() for one in (whole, out)]
+    assert kept[0] == kept[1]
+    assert final(whole) != final(out)
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), [("fedgrpo", Examine), ("mor", Fit)])
+def test_newcomers_are_examined_when_they_appear_and_nobody_twice(run_file, algorithm, kind):
+    options = [*settings(algorithm, participation=0.5), "--set", "rounds=4"]
+    watched, _ = launched(run_file, *options)
+    asked = [(number, who) for number, who, _ in watched.asked(kind)]
+    assert sorted(who for _, who in asked) == list(MEMBERS)
+    assert len({number for number, _ in asked}) > 1  # two of three in round 1
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), [("fedgrpo", Examine), ("mor", Fit)])
+def test_who_missed_its_examination_is_examined_in_the_next_round(run_file, algorithm, kind):
+    watched = Watched(silent("east", kind.verb, rounds=[1]))
+    launched(run_file, *settings(algorithm), "--set", "rounds=3", watched=watched)
+    assert [(number, who) for number, who, _ in watched.asked(kind)] == [
+        (1, "east"),
+        (1, "north"),
+        (1, "south"),
+        (2, "east"),
+    ]
+    assert "east" not in {who for number, who, _ in watched.asked(Score) if number == 1}
+
+
+def test_one_expert_that_tells_the_truth_is_worth_central_training(run_file):
+    for name in ("east", "south"):
+        (run_file.parent / "clients" / f"{name}.toml").unlink()
+    lonely = ["--set", "federation.min_replies=1", "--set", "rounds=2"]
+    watched, federated = launched(run_file, *settings("fedgrpo"), *fedgrpo()[-4:-2], *lonely, name="federated")
+    _, central = launched(run_file, *settings("grpo"), *lonely, name="central")
+    assert watched.asked(Score)
+    assert figures(federated, "train/steps") == figures(central, "train/steps")
+    assert figures(central, "train/steps")[2] > 0
+    assert final(federated) == final(central)
+
+
+def test_another_seed_of_the_run_does_not_change_a_members_noise_secret(run_file):
+    for name in MEMBERS:
+        path = run_file.parent / "clients" / f"{name}.toml"
+        edit(path, "rewards.py:low", "rewards.py:even")
+        path.write_text(path.read_text() + "\n[site]\nepsilon_per_prompt = 3.0\n")
+        path.write_text(path.read_text().replace('[rewards.brief]\nuse = "rewards.py:brief"\naudit = true', ""))
+        path.write_text(path.read_text().replace('[rewards.brief]\nuse = "rewards.py:brief"\n', ""))
+    with (run_file.parent / "clients" / "rewards.py").open("a") as stream:
+        stream.write(
+            "\n\ndef even(completions, **columns):\n    return [float(len(t) % 2 == 0) for t in completions]\n"
+        )
+    told = []
+    for name in ("one", "two"):  # the same seed: the same questions and candidates in the first step
+        watched, out = launched(run_file, *fedgrpo(server_steps=1), name=name)
+        replies = [unwrap(envelope, data) for who, envelope, data in watched.answers if envelope.verb == "score"]
+        told.append(torch.cat([reply.rewards[0] for reply in replies]))
+        assert len(told[-1].unique()) == 2 and not set(told[-1].tolist()) & {0.0, 1.0}
+        secrets = {(out / "clients" / member / "secret").read_bytes() for member in MEMBERS}
+        assert len(secrets) == 3
+        scanned = {name: data for name, data in files(out).items() if not name.endswith("/secret")}
+        assert not [
+            name for name, data in scanned.items() if any(s in data or s.hex().encode() in data for s in secrets)
+        ]
+    assert not torch.equal(*told)
