@@ -12,8 +12,9 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from torch import Tensor
@@ -99,8 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return drift(*options.drifting)
     seeds = range(options.seeds)
     kinds = sorted({METHODS[name].files for name in options.only})
+    work = [(options.out, kind, seed, options.rounds) for seed in seeds for kind in kinds]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as processes:
+        list(processes.map(write, *zip(*work, strict=True)))
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda one: write(options.out, *one, options.rounds), [(k, s) for s in seeds for k in kinds]))
         list(pool.map(lambda one: run(options.out, *one), [(name, s) for s in seeds for name in options.only]))
     records = {name: [read_run(run_folder(options.out, name, seed)) for seed in seeds] for name in options.only}
     print(results_table(records))

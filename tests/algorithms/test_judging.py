@@ -76,6 +76,20 @@ def test_a_round_in_which_nobody_answers_fails_and_one_answer_saves_it():
     raters.close()
 
 
+def test_the_last_exchange_fails_itself_if_nobody_has_answered_yet():
+    everybody = torch.ones(2, 4).bool()
+    server = stage(away={"ann", "bob"})
+    raters = Raters(server, ["ann", "bob"])
+    raters.rate(rollout_of(server), everybody)
+    with pytest.raises(TooFewRepliesError):
+        raters.rate(rollout_of(server), everybody, last=True)
+    server.away = {"bob"}
+    raters.rate(rollout_of(server), everybody)
+    server.away = {"ann", "bob"}
+    assert raters.rate(rollout_of(server), everybody, last=True).isnan().all()
+    raters.close()
+
+
 def test_a_round_in_which_nobody_is_asked_sends_nothing_and_does_not_fail():
     server = stage()
     raters = Raters(server, ["ann"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,8 @@ def test_a_run_prints_a_line_for_every_round_and_where_its_results_lie(run_file,
     out = run_file.parent / "runs" / "run"
     lines = shown.out.splitlines()
     assert [line.split()[1] for line in lines[:3]] == ["0/2", "1/2", "2/2"]
-    assert lines[3:] == [f"adapter: {out / 'final'}", f"report: {out / 'report.html'}"]
+    assert re.fullmatch(r"traffic: \d+\.\d\d MB to members, \d+\.\d\d MB back, in \d+ messages", lines[3])
+    assert lines[4:] == [f"adapter: {out / 'final'}", f"report: {out / 'report.html'}"]
     assert (out / "report.html").stat().st_size > 0
     assert shown.err == ""
 

@@ -137,9 +137,10 @@ def canary_of_brevity(completions, **columns):
 """
 
 
-@pytest.fixture
-def secretive(run_file: Path) -> Path:
-    """Members and a server with something to hide: all of it holds the word canary, or "CANARY" if the server's."""
+@pytest.fixture(scope="module")
+def secretive(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, tuple[Watched, Path]]:
+    """Runs whose members and server have something to hide: it holds the word canary, or "CANARY" if the server's."""
+    run_file = write_project(tmp_path_factory.mktemp("secretive"), model=model, rounds=2)
     clients = run_file.parent / "clients"
     (clients / "canary_rewards.py").write_text(SECRETIVE)
     public = ["questions.jsonl", "auxiliary.jsonl"]
@@ -161,12 +162,12 @@ def secretive(run_file: Path) -> Path:
     (clients / "canary answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
     rows = [one | {"answer": "CANARY", "domain": "odd", "other": "CANARY"} for one in asked[:20]]
     (run_file.parent / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return run_file
+    return {name: launched(run_file, *settings(name), name=name) for name in ("fedgrpo", "mor")}
 
 
 @pytest.mark.parametrize("algorithm", ["fedgrpo", "mor"])
 def test_nothing_leaves_a_member_but_ratings_bits_and_calibration(secretive, algorithm):
-    watched, out = launched(secretive, *settings(algorithm), "--set", "rounds=2")
+    watched, out = secretive[algorithm]
     assert watched.losses == {}
     assert b"canary" in b"".join(files(out / "clients").values())  # the members' own folders
     shapes: dict[type, Callable[[Any], list[tuple[int, ...]]]] = {
@@ -201,7 +202,7 @@ def vars_of(reply: Reply) -> list[Any]:
 
 @pytest.mark.parametrize("algorithm", ["fedgrpo", "mor"])
 def test_the_server_shows_questions_and_candidates_and_no_answers(secretive, algorithm):
-    watched, _ = launched(secretive, *settings(algorithm))
+    watched, _ = secretive[algorithm]
     assert {one.verb for _, one, _ in watched.sent} == {
         "hello",
         "score",
@@ -328,13 +329,9 @@ def moody(run_file: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("experts", "first", "message"),
-    [
-        ("all", 1, "round 2: no member rated any candidate"),
-        ("confidence", 0, "round 1, exchange 0: 0 of 3 members replied, expected at least 1"),
-    ],
+    ("experts", "first", "exchange"), [("all", 1, "round 2, exchange 1"), ("confidence", 0, "round 1, exchange 0")]
 )
-def test_with_all_members_silent_a_run_stops_and_goes_on_once_they_are_back(moody, capfd, experts, first, message):
+def test_with_all_members_silent_a_run_stops_and_goes_on_once_they_are_back(moody, capfd, experts, first, exchange):
     options = [*fedgrpo(experts=experts), "--set", "rounds=3"]
     out, flag = moody.parent / "runs" / "run", moody.parent / "clients" / "moody"
     flag.write_text(str(out / "rounds" / f"{first:04d}"))
@@ -342,7 +339,7 @@ def test_with_all_members_silent_a_run_stops_and_goes_on_once_they_are_back(mood
     assert in_process("run", moody, *options) == 5
     lines = capfd.readouterr().err.splitlines()
     assert {line.split(":")[0] for line in lines[:-1]} == {f"dropped {name}" for name in MEMBERS}
-    assert lines[-1].startswith("fedpact: round ")
+    assert lines[-1].startswith(f"fedpact: {exchange}: 0 of 3 members replied, expected at least 1")
     assert len([line for line in lines if line.startswith("fedpact: ")]) == 1
     flag.unlink()
     assert in_process("resume", out) == 0
@@ -387,17 +384,15 @@ def test_one_liar_among_five_moves_the_reward_by_less_than_two_fifths(five):
     assert abs(figures(mean, "train/reward/low")[1] - before) > 1000
 
 
-@pytest.mark.parametrize("rule", ["min_canary", "min_agreement"])
-def test_a_liar_is_found_and_asked_no_more(five, rule):
+def test_canaries_find_a_liar_and_it_is_asked_no_more(five):
     liar = Watched(rewritten(lambda r: (r <= 0.5).float(), who="west"))
-    options = fedgrpo(**{rule: 0.6, "server_steps": 3, "aggregation": "median", "canaries": 8})
+    options = fedgrpo(min_canary=0.6, server_steps=3, aggregation="median", canaries=8)
     watched, out = launched(five, *options, "--set", "rounds=2", watched=liar)
     asked = [{who for number, who, _ in watched.asked(Score) if number == round} for round in (1, 2)]
     honest = {*MEMBERS, "zenith"}
     assert asked == [honest | {"west"}, honest]
-    kind = rule.removeprefix("min_")
-    assert figures(out, f"{kind}/west")[1] < 0.6 <= min(figures(out, f"{kind}/{name}")[1] for name in honest)
-    assert final(out)
+    assert figures(out, "canary/west")[1] == 0
+    assert [figures(out, f"canary/{name}")[1] for name in honest] == [1.0] * 4
 
 
 # --- what the server remembers --------------------------------------------------------------------------------------
@@ -425,11 +420,9 @@ def test_the_optimisers_moments_matter_from_round_to_round(run_file):
     assert final(whole) != final(out)
 
 
-@pytest.mark.parametrize(("algorithm", "kind"), [("fedgrpo", Examine), ("mor", Fit)])
-def test_newcomers_are_examined_when_they_appear_and_nobody_twice(run_file, algorithm, kind):
-    options = [*settings(algorithm, participation=0.5), "--set", "rounds=4"]
-    watched, _ = launched(run_file, *options)
-    asked = [(number, who) for number, who, _ in watched.asked(kind)]
+def test_newcomers_are_examined_when_they_appear_and_nobody_twice(run_file):
+    watched, _ = launched(run_file, *settings("fedgrpo", participation=0.5), "--set", "rounds=4")
+    asked = [(number, who) for number, who, _ in watched.asked(Examine)]
     assert sorted(who for _, who in asked) == list(MEMBERS)
     assert len({number for number, _ in asked}) > 1  # two of three in round 1
 
@@ -437,7 +430,7 @@ def test_newcomers_are_examined_when_they_appear_and_nobody_twice(run_file, algo
 @pytest.mark.parametrize(("algorithm", "kind"), [("fedgrpo", Examine), ("mor", Fit)])
 def test_who_missed_its_examination_is_examined_in_the_next_round(run_file, algorithm, kind):
     watched = Watched(silent("east", kind.verb, rounds=[1]))
-    launched(run_file, *settings(algorithm), "--set", "rounds=3", watched=watched)
+    launched(run_file, *settings(algorithm), "--set", "rounds=2", watched=watched)
     assert [(number, who) for number, who, _ in watched.asked(kind)] == [
         (1, "east"),
         (1, "north"),

@@ -84,7 +84,8 @@ class FedGRPO(Algorithm):
         def judge(rollout: Rollout, step: int) -> Tensor:
             chosen = self.chosen(server, questions_of(rollout), raters.names, step)  # [p, k]
             share = everybody if self.assignment == "everybody" else blocks
-            ratings = raters.rate(rollout, share(chosen, rollout.group_size))  # [k, m, n]
+            last = step == self.server_steps - 1
+            ratings = raters.rate(rollout, share(chosen, rollout.group_size), last=last)  # [k, m, n]
             raters.note(experts=float(chosen.sum(1).float().mean()), skipped=float((~chosen.any(1)).float().mean()))
             self.keep_record(server, rollout, raters.names, ratings)
             if self.standardise:

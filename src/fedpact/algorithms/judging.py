@@ -70,15 +70,16 @@ class Raters:
     answered: int = 0
     figures: dict[str, list[float]] = field(default_factory=dict)
 
-    def rate(self, rollout: Rollout, who: Tensor) -> Tensor:
+    def rate(self, rollout: Rollout, who: Tensor, *, last: bool = False) -> Tensor:
         """One exchange: `who` [k, n] says who rates what; ratings [k, m, n], NaN where there is none.
 
         Each rater gets one message, with its questions and their candidates only. One that does not answer, or wrongly,
-        is missing from this exchange; nobody else notices.
+        is missing from this exchange; nobody else notices. In the `last` exchange of a round in which nobody has
+        answered so far, somebody must: it fails while it is open, so that a resumed run asks again.
         """
         columns = {name: mask.nonzero()[:, 0] for name, mask in zip(self.names, who, strict=True) if bool(mask.any())}
         requests = {name: self._request(rollout, places) for name, places in columns.items()}
-        replies: Mapping[ClientId, Scored] = self.server.ask(requests, min_replies=0)
+        replies: Mapping[ClientId, Scored] = self.server.ask(requests, min_replies=int(last and not self.answered))
         self.asked, self.answered = self.asked + len(requests), self.answered + len(replies)
         ratings = torch.full((len(self.names), len(self.server.objectives), len(rollout.completions)), torch.nan)
         for name, reply in replies.items():

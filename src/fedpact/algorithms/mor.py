@@ -49,7 +49,7 @@ class MoR(Algorithm):
         def judge(rollout: Rollout, step: int) -> Tensor:
             weights = self.routed(server, questions_of(rollout), raters.names, domains, step)  # [p, k]
             weights = weights.mT.repeat_interleave(rollout.group_size, dim=1)  # [k, n]
-            ratings = raters.rate(rollout, weights > 0)  # [k, m, n]
+            ratings = raters.rate(rollout, weights > 0, last=step == self.server_steps - 1)  # [k, m, n]
             if raters.names:
                 mean, std = torch.stack(known["mean"]), torch.stack(known["std"])  # [k, m]
                 # All alike on the probe: that shows no scale, and dividing by next to nothing would drown the others.

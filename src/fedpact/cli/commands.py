@@ -14,7 +14,7 @@ import torch
 
 from fedpact import __version__
 from fedpact.cli.example import RUN_FILE, example_files
-from fedpact.cli.progress import Progress
+from fedpact.cli.progress import Progress, traffic
 from fedpact.edge.local import check_members, local_members, local_transport, resumed_transport
 from fedpact.errors import ConfigError, StoreError
 from fedpact.messages import Evaluate
@@ -152,4 +152,4 @@ def doctor() -> None:
 
 def _finish(out: Path) -> None:
     page = write_report([out], out / "report.html", title=out.name)
-    print(f"adapter: {out / 'final'}\nreport: {page}")
+    print(f"traffic: {traffic(read_run(out))}\nadapter: {out / 'final'}\nreport: {page}")

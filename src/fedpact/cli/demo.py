@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedpact.cli.progress import Progress
+from fedpact.cli.progress import Progress, traffic
 from fedpact.edge.local import local_transport
 from fedpact.errors import ConfigError
 from fedpact.report.page import write_report
@@ -73,12 +73,6 @@ def demo(*, algorithm: str | None, seed: int, rounds: int | None, out: Path | No
     for record in records:
         print(f"{record.label}: {traffic(record)}")
     print(f"{time.monotonic() - began:.0f} s; report: {page}")
-
-
-def traffic(record: RunRecord) -> str:
-    """What crossed the network, both ways, as one would say it."""
-    out, back = record.traffic.to_members / 1e6, record.traffic.from_members / 1e6
-    return f"{out:.2f} MB to members, {back:.2f} MB back, in {record.traffic.asked} messages"
 
 
 def _run(shown: Demo, name: str, path: Path, folder: Path) -> Path:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedpact.report.read import RunRecord
 from fedpact.types import ClientId
 
 
@@ -29,6 +30,12 @@ class Progress:
     def dropped(self, client: ClientId, reason: str) -> None:
         """`runtime.run.Observer`."""
         print(f"dropped {client}: {reason}", file=sys.stderr, flush=True)
+
+
+def traffic(record: RunRecord) -> str:
+    """What crossed the network, both ways, as one would say it."""
+    out, back = record.traffic.to_members / 1e6, record.traffic.from_members / 1e6
+    return f"{out:.2f} MB to members, {back:.2f} MB back, in {record.traffic.asked} messages"
 
 
 def _means(metrics: Sequence[Mapping[str, Any]]) -> str:

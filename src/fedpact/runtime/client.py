@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpact.rewards.answers import AnswerKey
+from fedpact.rewards.load import LoadedReward
 from fedpact.runtime.files import storing
 from fedpact.runtime.learner import Learner
 from fedpact.types import Prompts
@@ -50,6 +51,17 @@ class ClientSide(Learner):
             fit: Callable[[], float] | None = getattr(getattr(self._rewards.get(name), "function", None), "fit", None)
             if fit is not None and name not in self._audits:
                 found[m] = fit()
+        return found
+
+    def outcomes(self) -> dict[str, float]:
+        """How often its judges passed, failed, or could not judge, so far in this process: for the member's own log."""
+        found: dict[str, float] = {}
+        for name, reward in self._rewards.items():
+            one: LoadedReward | None = reward
+            while one is not None:
+                counts = getattr(one.function, "outcomes", {})
+                found |= {f"judge/{name}/{outcome}": float(count) for outcome, count in counts.items()}
+                one = one.otherwise
         return found
 
     def log(self, **metrics: float) -> None:

@@ -176,8 +176,9 @@ class Member:
             reply = algorithm.answer(request, client)
         else:
             raise RefusedError(f"{self.where}: {algorithm.model_dump().get('name')} sends no {request.verb!r} requests")
-        if client.sampler_gap is not None:
-            client.log(sampler_gap=client.sampler_gap)
+        gap = {} if client.sampler_gap is None else {"sampler_gap": client.sampler_gap}
+        if figures := {**gap, **client.outcomes()}:
+            client.log(**figures)
         data = encode(self.gate.leave(request, reply, digest))
         self.store.save((envelope.round, envelope.exchange), client.memory, digest, data)
         if envelope.since is not None:

@@ -1,9 +1,9 @@
 """The second demo, as ordinary files: a server with questions and no answers, and eight members that can only judge.
 
-Each member has a model that knows one operation of the op chains and hardly any other; it says of a candidate whether
-its answer is the one that this model would give. Whether the server learns depends on whom it asks. With `truth` a
-member also has trusted answers to the server's questions of its operation, and judges by its model elsewhere; with
-`weak` the members' models are beginners, wrong even on most of their own operations.
+Each member has a model that knows one operation of the op chains and is mostly wrong on the others; it says of a
+candidate whether its answer is the one that this model would give. How much the server learns depends on whom it asks.
+With `truth` a member also has trusted answers to the server's questions of its operation, and judges by its model
+elsewhere; with `weak` the members' models are beginners, wrong even on most of their own operations.
 
 `server/labelled.jsonl` has the answers that nobody in the demo trains with: what federation is measured against.
 """
