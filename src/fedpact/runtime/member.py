@@ -138,11 +138,12 @@ class Member:
         """Dry-run two prompts, after `hello`; what there is to say, in a line.
 
         A member that trains completes two of its own prompts with the untrained model and rewards them; one that only
-        judges rates the references of two of the server's `examples`.
+        judges rates the references of two of the server's `examples`, of its own task if there are any.
         """
         client = self._client(round=0, exchange=0, since=None)
         if "server" in self._algorithm().needs:
-            two = examples.select(range(min(2, len(examples))))
+            own = [i for i, d in enumerate(examples.columns.get("domain", ())) if d == self.config.task]
+            two = examples.select((own or list(range(len(examples))))[:2])
             texts = two.columns.get("reference", ["" for _ in two.text])
             fits = hasattr(self._algorithm(), "fit")  # then there is nothing to judge with yet
             rewards = client.judge(two, texts) if len(two) and not fits else torch.zeros(len(client.objectives), 0)

@@ -78,9 +78,9 @@ class Run:
             )
             for client in self.transport.clients()
         }
-        for client, envelope in envelopes.items():
-            self._note(envelope, client, "asked")
         sent = {client: encode(envelope) for client, envelope in envelopes.items()}
+        for client, envelope in envelopes.items():
+            self._note(envelope, client, "asked", bytes_out=len(sent[client]))
         introduced: dict[ClientId, Introduced] = {}
         for client, answer in self.transport.exchange(sent, timeout_s=self.config.federation.timeout_s):
             if isinstance(answer, Failure):
@@ -90,7 +90,7 @@ class Run:
             reply = unwrap(envelopes[client], answer)
             admit(reply, self.limits, Hello(self.canonical))
             assert isinstance(reply, Introduced)
-            self._note(envelopes[client], client, "admitted")
+            self._note(envelopes[client], client, "admitted", bytes_in=len(answer))
             introduced[client] = reply
         if len(introduced) < self.config.federation.min_replies:
             raise TooFewRepliesError(
@@ -160,9 +160,9 @@ class Run:
         self.observer.round_done(number, one.metrics)
         return adapter
 
-    def _note(self, envelope: Envelope, client: ClientId, decision: str) -> None:
+    def _note(self, envelope: Envelope, client: ClientId, decision: str, **counts: int) -> None:
         what = {"verb": envelope.verb, "contract": self.hash, "request": envelope.digest(), "decision": decision}
-        self.ledger.append(run=self.name, round=0, peer=client, **what)
+        self.ledger.append(run=self.name, round=0, peer=client, **what, **counts)
 
     def _cohort_size(self, members: int) -> int:
         return max(1, math.ceil(round(self.config.federation.participation * members, 9)))
