@@ -69,10 +69,13 @@ class FedGRPO(Algorithm):
     needs: ClassVar[frozenset[str]] = frozenset({"server", "primary"})
 
     def check(self, objectives: Sequence[str]) -> None:
-        if self.aggregation != "mean" and self.num_experts < 3 and self.experts != "all":
-            raise ValueError(
-                f"algorithm.num_experts: found {self.num_experts}; {self.aggregation} needs at least 3 raters"
-            )
+        together = self.assignment == "everybody" and (self.experts == "all" or self.num_experts >= 3)
+        for setting, compares in (("aggregation", self.aggregation != "mean"), ("min_agreement", self.min_agreement)):
+            if compares and not together:
+                raise ValueError(
+                    f"algorithm.{setting}: found {getattr(self, setting)!r}; it compares 3 raters or more: set "
+                    'num_experts = 3 and assignment = "everybody"'
+                )
         if self.min_canary is not None and not self.canaries:
             raise ValueError("algorithm.canaries: found 0; min_canary needs at least 1")
 
@@ -168,7 +171,8 @@ class FedGRPO(Algorithm):
         """Add this exchange to what is known of the raters: agreement with each other, and with the truth."""
         assert server.primary is not None
         primary = ratings[:, server.primary]  # [k, n]
-        add_to_record(server.memory, "agreement", names, *rater_agreement(primary))
+        told = primary.clamp(0, 1)  # debiased bits lie outside, and are no lies
+        add_to_record(server.memory, "agreement", names, *rater_agreement(told))
         places = [i for i, canary in enumerate(rollout.prompts.columns.get(CANARY, ())) if canary]
         if places:
             truth = server.audit(rollout.prompts.select(places), [rollout.completions[i] for i in places])
