@@ -57,7 +57,12 @@ METHODS: dict[str, Method] = {
     "drifting encoder": Method(EXPERTS["confidence"], drifting=True),
     "beginners, oracle": Method(EXPERTS["oracle"], "beginners"),
     "beginners, confidence": Method(EXPERTS["confidence"], "beginners"),
-    "beginners, floor 0.6": Method((*EXPERTS["confidence"], "algorithm.competence_floor=0.6"), "beginners"),
+    **{
+        f"beginners, floor {floor}": Method(
+            (*EXPERTS["confidence"], f"algorithm.competence_floor={floor}"), "beginners"
+        )
+        for floor in (0.6, 0.8, 1.0)
+    },
     "fedavg": Method((_FEDAVG, 'simulation.clients="trainers"'), "truth"),
 }
 
@@ -196,7 +201,7 @@ def differences(records: dict[str, list[RunRecord]]) -> str:
         ("confidence", "all"),
         ("confidence, truth", "centralised"),
         ("policy as encoder", "drifting encoder"),
-        ("beginners, floor 0.6", "beginners, confidence"),
+        ("beginners, floor 0.8", "beginners, confidence"),
     )
     for one, other in pairs:
         if one in records and other in records:

@@ -320,7 +320,7 @@ def test_a_member_that_raises_or_is_late_costs_its_own_vote_and_is_named(run_fil
 
 @pytest.fixture
 def moody(run_file: Path) -> Path:
-    """A project whose members all fail from round 2 on, until the file `moody` is gone."""
+    """A project whose members all fail from when a checkpoint exists, until the file `moody` is gone."""
     clients = run_file.parent / "clients"
     for name in MEMBERS:
         edit(clients / f"{name}.toml", "rewards.py:low", "rewards.py:moody")
@@ -452,7 +452,7 @@ def test_one_expert_that_tells_the_truth_is_worth_central_training(run_file):
     assert final(federated) == final(central)
 
 
-def test_another_seed_of_the_run_does_not_change_a_members_noise_secret(run_file):
+def test_the_runs_seed_does_not_determine_a_members_noise(run_file):
     for name in MEMBERS:
         path = run_file.parent / "clients" / f"{name}.toml"
         edit(path, "rewards.py:low", "rewards.py:even")
