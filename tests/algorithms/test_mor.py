@@ -79,6 +79,8 @@ def test_the_weights_of_a_question_sum_to_one_or_to_nothing():
     weights = MoR(temperature=0.1, num_experts=None).routed(server, server.questions, names, domains, 0)
     assert_close(weights[0, 0], weights[0, 1])  # members of one task share its weight
     assert weights[0, :2].sum() > 0.9 and weights[1, 2] > 0.9
+    weights = MoR(temperature=1e6, num_experts=None).routed(server, server.questions, names, domains, 0)
+    assert_close(weights[0], torch.tensor([0.25, 0.25, 0.5, 0.0]))  # undecided: a domain counts once, not its members
 
 
 def test_a_members_own_scale_does_not_count():

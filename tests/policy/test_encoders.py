@@ -11,7 +11,6 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModel, BertConfig, BertModel
 
-from fedpact.core.lora import initial_adapter
 from fedpact.errors import ConfigError
 from fedpact.policy.encoders import FolderEncoder, encoder
 from fedpact.policy.lora_policy import LoraPolicy

@@ -57,7 +57,8 @@ class FedGRPO(Algorithm):
     aggregation: Literal["mean", "median", "trimmed_mean"] = "mean"
     """How the experts' ratings of a candidate become one; the latter two withstand a liar and need three experts."""
     canaries: NonNegativeInt = 0
-    """Auxiliary questions among those of a step: the server knows the answers and keeps a record of the raters."""
+    """Auxiliary questions among those of a step, from a fifth of them on which nobody is examined: the server knows the
+    answers and keeps a record of the raters."""
     min_canary: float | None = Field(default=None, ge=0, le=1)
     """A rater that was right on fewer of the canaries' candidates is asked no more. None: only log it."""
     min_agreement: float | None = Field(default=None, ge=0, le=1)
@@ -109,11 +110,12 @@ class FedGRPO(Algorithm):
     def examine_newcomers(self, server: Server) -> None:
         """One exchange with the members whose competence is not known yet; it is remembered for the run."""
         unknown = [name for name in sorted(server.clients) if f"examined/{name}" not in server.memory]
-        questions = server.auxiliary()
+        known = server.auxiliary()
         if not unknown:
             return
-        if "reference" not in questions.columns:
+        if "reference" not in known.columns:
             raise DataError("server.auxiliary: no column 'answer'; expected reference answers, use rename")
+        questions = known.select(self.examples(known)[0])
         references = list(questions.columns["reference"])
         request = Examine(public(questions), references, decoys(references, questions.columns.get("domain")))
         needed = int(len(unknown) == len(server.clients))  # one at least must be known, or nobody would ever be asked
@@ -141,10 +143,24 @@ class FedGRPO(Algorithm):
     def competence(self, server: Server, questions: Prompts, names: Sequence[ClientId]) -> Tensor:
         """Hit rates of the members around each question: [p, k], NaN for one that was not examined."""
         known = server.auxiliary()
-        unexamined = torch.full((len(known),), torch.nan)
+        shown = self.examples(known)[0]
+        unexamined = torch.full((len(shown),), torch.nan)
         correct = torch.stack([server.memory.get(f"examined/{name}", unexamined) for name in names])  # [k, a]
-        index, similarity = neighbours(self.embedded(server, questions), server.embed(known), self.num_neighbours)
+        places = server.embed(known)[shown]  # [a, h]
+        index, similarity = neighbours(self.embedded(server, questions), places, self.num_neighbours)
         return competence(correct, index, edge_weights(similarity, self.edge_temperature))
+
+    def examples(self, known: Prompts) -> tuple[list[int], list[int]]:
+        """Which auxiliary questions members are examined on, and which stay unseen to be canaries: one in five.
+
+        Who is examined sees right answers; on a canary that it had seen before a liar would tell the truth.
+        """
+        unseen = list(range(4, len(known), 5)) if self.canaries else []
+        if self.canaries > len(unseen):
+            raise DataError(
+                f"server.auxiliary: {len(known)} examples; algorithm.canaries = {self.canaries} needs 5 for each canary"
+            )
+        return [row for row in range(len(known)) if row not in set(unseen)], unseen
 
     def embedded(self, server: Server, questions: Prompts) -> Tensor:
         """Where questions lie: [p, h] unit rows."""
@@ -161,8 +177,9 @@ class FedGRPO(Algorithm):
         if ("id" in questions.columns) != ("id" in known.columns):
             lacking = "auxiliary" if "id" in questions.columns else "prompts"
             raise DataError(f"server.{lacking}: no column 'id', which the other questions have; it would mark canaries")
-        drawn = server.uniforms(f"canaries/{number}", 1, len(known))[0].argsort()[: self.canaries]
-        mixed = questions.followed_by(known.select(drawn.tolist()))
+        unseen = self.examples(known)[1]
+        drawn = server.uniforms(f"canaries/{number}", 1, len(unseen))[0].argsort()[: self.canaries]
+        mixed = questions.followed_by(known.select([unseen[i] for i in drawn.tolist()]))
         marked = replace(mixed, columns={**mixed.columns, CANARY: [i >= len(questions) for i in range(len(mixed))]})
         order = server.uniforms(f"canaries/{number}/order", 1, len(mixed))[0].argsort()
         return marked.select(order.tolist())  # shuffled: their place must not give them away

@@ -83,7 +83,10 @@ class FolderEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         pooling = path / "1_Pooling" / "config.json"
-        settings = json.loads(pooling.read_text()) if pooling.is_file() else {}
+        try:
+            settings = json.loads(pooling.read_bytes()) if pooling.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(f"{where}: {pooling}: not JSON ({error}); download the model again") from error
         self.first_only = bool(settings.get("pooling_mode_cls_token", False))
         self.max_length = min(512, int(getattr(self.model.config, "max_position_embeddings", 512)))
         self.batch_tokens = batch_tokens

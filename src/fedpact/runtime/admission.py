@@ -51,6 +51,9 @@ def admit(reply: Reply, limits: Limits, request: Request[Any]) -> None:
     if isinstance(reply, Fitted):
         for name in ("mean", "std", "accuracy"):
             _check(name, getattr(reply, name), (limits.num_objectives,), torch.float32, nan=True)
+        _between("mean", reply.mean, -limits.max_reward, limits.max_reward)
+        _between("std", reply.std, 0, limits.max_reward)
+        _between("accuracy", reply.accuracy, 0, 1)
     if isinstance(reply, Averaged) and not (math.isfinite(reply.weight) and 0 < reply.weight <= limits.max_weight):
         raise InadmissibleError(f"weight: found {reply.weight}, expected a number in (0, {limits.max_weight:g}]")
     if isinstance(reply, (Trained, Evaluated)):
@@ -79,3 +82,9 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     bad = tensor.isinf() if nan else ~tensor.isfinite()
     if bool(bad.any()):
         raise InadmissibleError(f"{name}: {int(bad.sum())} of {tensor.numel()} entries are not finite")
+
+
+def _between(name: str, tensor: Tensor, least: float, most: float) -> None:
+    outside = tensor[(tensor < least) | (tensor > most)]
+    if len(outside):
+        raise InadmissibleError(f"{name}: found {float(outside[0]):g}, expected between {least:g} and {most:g}")

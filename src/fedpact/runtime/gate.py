@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fedpact.errors import RefusedError
-from fedpact.messages import Averaged, Evaluated, Fit, Reply, Request, Score, Scored, Trained
+from fedpact.messages import Averaged, Evaluated, Examine, Examined, Fit, Reply, Request, Score, Scored, Trained
 from fedpact.runtime.client_config import SiteSettings
 from fedpact.runtime.config import parse_algorithm
 from fedpact.runtime.contract import Contract, contract_hash, read_contract
-from fedpact.runtime.noise import member_secret, noisy_ratings, secret_uniforms
+from fedpact.runtime.noise import member_secret, noisy_bits, noisy_ratings, same_questions, secret_uniforms
 from fedpact.types import Adapter
 
 EVERYTHING = ("rewards", "accuracy", "metrics")
@@ -70,20 +70,22 @@ class Gate:
 
     def open(self, request: Request[Any]) -> None:
         """Let what an envelope holds in. Raises RefusedError if it asks for more work than this member does at once."""
-        if not isinstance(request, (Score, Fit)):
+        if not isinstance(request, (Score, Fit, Examine)):
             return
-        limit, found = self.site.max_candidates, len(request.completions)
+        if isinstance(request, Examine):
+            found = len(request.references) + len(request.decoys)
+        else:
+            found = len(request.completions)
+        limit = self.site.max_candidates
         if limit is not None and found > limit:
             raise RefusedError(f"{self.where}: site.max_candidates: the request has {found}, allowed are {limit}")
-        rows = request.rows
-        if (
-            rows.shape != (found,)
-            or rows.dtype != torch.int64
-            or not bool(((rows >= 0) & (rows < len(request.prompts))).all())
-        ):
+        if isinstance(request, Fit) and self.site.epsilon_per_prompt is not None:
             raise RefusedError(
-                f"{self.where}: malformed request: rows do not say which question each completion answers"
+                f"{self.where}: site.epsilon_per_prompt: a calibration tells exact means; remove it, or leave this run"
             )
+        wrong = _malformed(request)
+        if wrong:
+            raise RefusedError(f"{self.where}: malformed request: {wrong}")
 
     def leave(self, request: Request[Any], reply: Reply, digest: str = "") -> Reply:
         """What of `reply` may leave; `digest` keys its noise. Raises RefusedError if none of it may."""
@@ -99,13 +101,18 @@ class Gate:
             reply = replace(reply, adapter=self._clipped(getattr(request, "adapter", {}), reply.adapter))
         if isinstance(reply, Scored) and isinstance(request, Score) and self.site.epsilon_per_prompt is not None:
             reply = replace(reply, rewards=self._noisy(request, reply.rewards, digest))
+        if isinstance(reply, Examined) and isinstance(request, Examine) and self.site.epsilon_per_prompt is not None:
+            draws = secret_uniforms(member_secret(self.home), digest, len(reply.correct))
+            same = same_questions(request.prompts)
+            reply = Examined(noisy_bits(reply.correct, same, self.site.epsilon_per_prompt, draws))
         return self._shared(reply)
 
     def _noisy(self, request: Score, rewards: Tensor, digest: str) -> Tensor:
         assert self.site.epsilon_per_prompt is not None
         draws = secret_uniforms(member_secret(self.home), digest, rewards.numel()).view(rewards.shape)
+        rows = same_questions(request.prompts)[request.rows]  # asked twice in one request: one budget
         try:
-            return noisy_ratings(rewards, request.rows, self.site.epsilon_per_prompt, draws)
+            return noisy_ratings(rewards, rows, self.site.epsilon_per_prompt, draws)
         except ValueError as error:
             raise RefusedError(
                 f"{self.where}: site.epsilon_per_prompt: {error}; use rewards of 0 and 1, or send exact ones"
@@ -146,3 +153,24 @@ def _fewest(reply: Reply) -> int | None:
     if not isinstance(reply, Evaluated) or not bool((reply.counts > 0).any()):
         return None
     return int(reply.counts[reply.counts > 0].min())
+
+
+def _malformed(request: Score | Fit | Examine) -> str:
+    """What is wrong with a request to judge; "" if nothing is."""
+    prompts, size = request.prompts, len(request.prompts)
+    tensors = [prompts.ids, *([] if prompts.domains is None else [prompts.domains])]
+    if any(len(values) != size for values in prompts.columns.values()) or any(t.shape != (size,) for t in tensors):
+        return "its columns are not as long as its questions"
+    chats = [text for text in prompts.text if not isinstance(text, str)]
+    if not all(message.keys() >= {"role", "content"} for chat in chats for message in chat):
+        return "a message of a chat lacks its role or its content"
+    if isinstance(request, Examine):
+        if {len(request.references), len(request.decoys)} != {size}:
+            return "expected one reference and one decoy for each question"
+        return ""
+    rows = request.rows
+    if rows.shape != (len(request.completions),) or rows.dtype != torch.int64:
+        return "rows do not say which question each completion answers"
+    if not bool(((rows >= 0) & (rows < size)).all()):
+        return "rows do not say which question each completion answers"
+    return ""

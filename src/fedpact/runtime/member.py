@@ -85,6 +85,10 @@ class Member:
         request = envelope.open()
         if isinstance(request, Hello):
             return encode(self.gate.leave(request, self.hello(request)))
+        if self.contract is not None and envelope.round > self.contract.rounds:
+            raise RefusedError(
+                f"{self.where}: a request of round {envelope.round}; the accepted contract has {self.contract.rounds}"
+            )
         self.gate.open(request)
         # asked again: the same bytes, and nothing is computed or spent twice
         return self.store.cached(digest) or self._answer(envelope, request, digest)

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedpact.core.privacy import per_candidate, randomised_response
+from fedpact.core.privacy import keep_probability, per_candidate, randomised_response
+from fedpact.rewards.answers import normalised
 from fedpact.runtime.files import atomic_write, make_private, storing
+from fedpact.types import Prompts
 
 
 def member_secret(home: Path) -> bytes:
@@ -48,3 +50,27 @@ def noisy_ratings(rewards: Tensor, rows: Tensor, epsilon_per_prompt: float, draw
         epsilon = per_candidate(epsilon_per_prompt, count)
         result[:, same] = randomised_response(rewards[:, same], epsilon, draws[:, same])
     return result
+
+
+def noisy_bits(bits: Tensor, rows: Tensor, epsilon_per_prompt: float, draws: Tensor) -> Tensor:
+    """Randomised response on [p] bits, which stay bits: nothing is debiased. Bits with one row are of one question."""
+    counts = rows.bincount()[rows].tolist()
+    flip = [1 - keep_probability(per_candidate(epsilon_per_prompt, count)) for count in counts]
+    return bits ^ (draws < torch.tensor(flip, dtype=torch.float64))
+
+
+def same_questions(prompts: Prompts) -> Tensor:
+    """Numbers for questions, [p] int64, equal for those with one public id or one normalised text."""
+    group: list[int] = []
+    first: dict[tuple[str, str], int] = {}
+    ids = prompts.columns.get("id", [None] * len(prompts))
+    for place, (text, public_id) in enumerate(zip(prompts.text, ids, strict=True)):
+        said = text if isinstance(text, str) else " ".join(m["content"] for m in text if m["role"] == "user")
+        keys = [("text", normalised(said)), *([] if public_id is None else [("id", str(public_id))])]
+        known = {group[first[key]] for key in keys if key in first}
+        if len(known) > 1:  # its id and its text had been met apart
+            group = [min(known) if number in known else number for number in group]
+        group.append(min(known, default=place))
+        for key in keys:
+            first.setdefault(key, place)
+    return torch.tensor(group, dtype=torch.int64)
