@@ -24,6 +24,9 @@ KNOWN = questions(
     "apple?", "ape?", "bread?", "beer?", reference=["red", "hairy", "warm", "cold"], domain=["a", "a", "b", "b"]
 )
 
+MANY = KNOWN.select([0, 1, 2, 3] * 5)
+"""Every fifth is kept for canaries: one of each of the four."""
+
 
 def number(text: str) -> int:
     return int(text.split()[1]) if text.startswith("completion") else -1
@@ -291,14 +294,14 @@ def test_every_raters_own_scale_is_taken_away():
 def test_canaries_find_a_liar_and_it_is_asked_no_more():
     judges = {"ann": knows("a", "b"), "eve": OPPOSITE}
     settings = {"experts": "all", "canaries": 2, "min_canary": 0.6, "server_steps": 4}
-    server = stage(judges, settings=settings, group_size=8, questions=questions("cake", "dill"))
+    server = stage(judges, settings=settings, group_size=8, questions=questions("cake", "dill"), known=MANY)
     server.play()  # 4 steps of 2 canaries of 8 candidates: 64, just enough
     assert ENOUGH == 64
     assert (server.figures["canary/ann"], server.figures["canary/eve"]) == (1.0, 0.0)
     assert [sorted(one) for one in server.asked] == [["ann", "eve"]] * 4
     server.play()
     assert [sorted(one) for one in server.asked[4:]] == [["ann"]] * 4
-    logged = stage(judges, settings=settings | {"min_canary": None}, group_size=8, questions=server.questions)
+    logged = replace(server, algorithm=FedGRPO(**settings | {"min_canary": None}), memory={}, asked=[], round=1)
     logged.play(2)
     assert [sorted(one) for one in logged.asked] == [["ann", "eve"]] * 8
 
@@ -307,7 +310,7 @@ def test_canaries_cannot_be_told_from_questions():
     judges = {"ann": knows("a", "b")}
     asked = questions("cake", "dill", "eggs", id=["q1", "q2", "q3"])
     server = stage(judges, settings={"experts": "all", "canaries": 1, "server_steps": 40}, questions=asked)
-    server.known = replace(KNOWN, columns={**KNOWN.columns, "id": ["k1", "k2", "k3", "k4"]})
+    server.known = replace(MANY, columns={**MANY.columns, "id": [f"k{i}" for i in range(20)]})
     server.play()
     places = Counter()
     drawn = set()
@@ -322,6 +325,22 @@ def test_canaries_cannot_be_told_from_questions():
         drawn.add(prompts.text[place])
     assert all(places[place] >= 3 for place in range(4))
     assert drawn == set(KNOWN.text)
+
+
+def test_nobody_is_examined_on_what_may_become_a_canary():
+    server = stage({"ann": knows("a", "b")}, settings={"canaries": 1, "server_steps": 30})
+    server.known = replace(MANY, columns={**MANY.columns, "id": [f"k{i}" for i in range(20)]})
+    server.play()
+    [examined] = of_kind(server, Examine)
+    shown = set(examined["ann"].prompts.columns["id"])
+    rated = {one for asked in of_kind(server, Score) for one in asked["ann"].prompts.columns["id"]} - {"q1", "q2"}
+    assert rated == {"k4", "k9", "k14", "k19"}
+    assert shown == {f"k{i}" for i in range(20)} - rated
+
+
+def test_more_canaries_than_a_fifth_of_the_examples_are_refused():
+    with pytest.raises(DataError, match=r"server.auxiliary: 4 examples; algorithm.canaries = 1 needs 5 for each"):
+        stage({"ann": knows("a")}, settings={"canaries": 1}, questions=questions("apple")).play()
 
 
 def test_canaries_that_public_ids_would_mark_are_refused():
@@ -347,8 +366,9 @@ def test_who_agrees_with_nobody_is_asked_no_more():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"aggregation": "median"}, "num_experts: found 2; median needs at least 3 raters"),
-        ({"aggregation": "trimmed_mean", "experts": "random"}, "needs at least 3 raters"),
+        ({"aggregation": "median"}, "aggregation: found 'median'; it compares 3 raters or more: set num_experts = 3"),
+        ({"aggregation": "trimmed_mean", "experts": "random"}, "aggregation: found .trimmed_mean."),
+        ({"min_agreement": 0.5, "num_experts": 3, "assignment": "blocks"}, "min_agreement: found 0.5; it compares 3"),
         ({"min_canary": 0.5}, "canaries: found 0; min_canary needs at least 1"),
     ],
 )

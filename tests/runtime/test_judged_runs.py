@@ -386,7 +386,7 @@ def test_one_liar_among_five_moves_the_reward_by_less_than_two_fifths(five):
 
 def test_canaries_find_a_liar_and_it_is_asked_no_more(five):
     liar = Watched(rewritten(lambda r: (r <= 0.5).float(), who="west"))
-    options = fedgrpo(min_canary=0.6, server_steps=3, aggregation="median", canaries=8)
+    options = fedgrpo(min_canary=0.6, server_steps=11, aggregation="median", canaries=2)  # 66 candidates
     watched, out = launched(five, *options, "--set", "rounds=2", watched=liar)
     asked = [{who for number, who, _ in watched.asked(Score) if number == round} for round in (1, 2)]
     honest = {*MEMBERS, "zenith"}
