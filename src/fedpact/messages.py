@@ -83,9 +83,9 @@ class Scored(Reply):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examined(Reply):
-    """Where a member's judge is to be trusted: one bit a question."""
+    """Where a member's judge is to be trusted: one bit a pair of answers."""
 
-    correct: Tensor  # [p] bool
+    prefers_first: Tensor  # [p] bool; false as well where the judge has no opinion
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,17 +145,16 @@ class Score(Request[Scored]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examine(Request[Examined]):
-    """On which of these questions does your judge tell the right answer from a wrong one?"""
+    """To each of these questions, does your judge rate the first answer strictly above the second?"""
 
     verb: ClassVar[str] = "examine"
     reply: ClassVar[type[Reply]] = Examined
 
     prompts: Prompts
     """[p] questions of the server's auxiliary set."""
-    references: Sequence[str]
-    """[p] right answers, written as completions."""
-    decoys: Sequence[str]
-    """[p] wrong ones."""
+    first: Sequence[str]
+    """[p] answers, written as completions; which of the two is right is not said."""
+    second: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -205,6 +205,10 @@ class StageTrainer:
     def default_weights(self) -> Tensor:
         return torch.tensor(self.weights, dtype=torch.float64)
 
+    @property
+    def present(self) -> Tensor:
+        return torch.ones(len(self.objectives), dtype=torch.bool)
+
     def play(self, rounds: int = 1) -> Adapter:
         """So many rounds more: the adapter after them."""
         moved = adapter(0.0) if not self.policy.loaded else self.policy.adapter()

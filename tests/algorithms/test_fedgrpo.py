@@ -15,7 +15,7 @@ from fedpact.algorithms.fedgrpo import FedGRPO, decoys
 from fedpact.algorithms.grpo import GRPO
 from fedpact.algorithms.record import ENOUGH
 from fedpact.errors import DataError, TooFewRepliesError
-from fedpact.messages import Examine, Score
+from fedpact.messages import Examine, Examined, Score
 from tests.algorithms.stage import StageJudge, StageTrainer, questions
 
 NAN = float("nan")
@@ -86,15 +86,33 @@ def test_a_judge_without_an_opinion_scores_no_hits():
     assert server.memory["examined/nil"].tolist() == [0, 0, 0, 0]
 
 
-def test_an_examination_holds_references_and_decoys_and_no_columns():
+def test_an_examination_asks_everything_both_ways_round_and_tells_neither_answers_nor_columns():
     server = stage({"ann": knows("a")})
     server.play()
     [sent] = of_kind(server, Examine)
-    assert (list(sent["ann"].references), list(sent["ann"].decoys)) == (
-        ["red", "hairy", "warm", "cold"],
-        ["hairy", "red", "cold", "warm"],
-    )
-    assert dict(sent["ann"].prompts.columns) == {}
+    request = sent["ann"]
+    pairs = list(zip(request.prompts.text, request.first, request.second, strict=True))
+    one_way = [
+        ("apple?", "red", "hairy"),
+        ("ape?", "hairy", "red"),
+        ("bread?", "warm", "cold"),
+        ("beer?", "cold", "warm"),
+    ]
+    assert sorted(pairs) == sorted(one_way + [(text, second, first) for text, first, second in one_way])
+    assert [pair in one_way for pair in pairs] != [True] * 4 + [False] * 4
+    assert dict(request.prompts.columns) == {}
+
+
+def test_who_prefers_whatever_comes_first_scores_no_hit():
+    class First(FedGRPO):
+        def examine(self, request: Examine, client: Any) -> Examined:
+            return Examined(torch.ones(len(request.prompts), dtype=torch.bool))
+
+    server = stage({"eve": knows()})
+    server.algorithm = First(server_steps=1)
+    with pytest.raises(DataError, match="no member's judge prefers any reference to a wrong answer"):
+        server.play()
+    assert server.memory["examined/eve"].tolist() == [0, 0, 0, 0]
 
 
 def test_decoys_differ_from_their_references_and_stay_in_the_domain_if_they_can():
@@ -102,7 +120,7 @@ def test_decoys_differ_from_their_references_and_stay_in_the_domain_if_they_can(
     domains = ["x", "x", "x", "y", "z", "z"]
     assert decoys(references, domains) == ["2", "2", "1", "1", "4", "1"]
     assert decoys(references) == ["2", "2", "3", "1", "4", "1"]
-    with pytest.raises(DataError, match="all answers are the same"):
+    with pytest.raises(ValueError, match="all answers are the same"):
         decoys(["1", "1"])
 
 
@@ -154,9 +172,8 @@ def test_an_oracle_asks_the_members_whose_task_is_the_domain():
     server.questions = questions("apple", "bread", domain=["a", "b"])
     server.play()
     assert shown(server) == {"ann": ["apple"], "bob": ["bread"]}
-    server.questions = questions("apple", "bread")
-    with pytest.raises(DataError, match="no column 'domain'"):
-        server.play()
+    with pytest.raises(ValueError, match="no column 'domain'"):
+        server.algorithm.check_data(questions("apple", "bread"), KNOWN, ["correct"])
 
 
 def test_random_experts_change_from_step_to_step_and_nobody_is_examined():
@@ -197,7 +214,8 @@ def test_a_question_without_able_members_moves_nothing_however_good_its_form():
     assert advantages[0, 2:].tolist() == [0, 0]
     assert (advantages[0, :2] != 0).all()
     assert server.figures["train/skipped"] == 0.5
-    nobody = stage({"yes": knows()}, settings={"competence_floor": 0.5}, own=lambda t, c: form)
+    nobody = stage({"ann": knows("a")}, settings={"competence_floor": 0.5}, own=lambda t, c: form)
+    nobody.questions = questions("bread", "beer")
     nobody.play(2)
     assert (nobody.policy.steps, of_kind(nobody, Score)) == ([], [])
 
@@ -334,22 +352,29 @@ def test_nobody_is_examined_on_what_may_become_a_canary():
     [examined] = of_kind(server, Examine)
     shown = set(examined["ann"].prompts.columns["id"])
     rated = {one for asked in of_kind(server, Score) for one in asked["ann"].prompts.columns["id"]} - {"q1", "q2"}
-    assert rated == {"k4", "k9", "k14", "k19"}
+    # by domain, then by place, every fifth: a 0 1 4 5 [8] 9 12 13 16 [17], b 2 3 6 7 [10] 11 14 15 18 [19]
+    assert rated == {"k8", "k17", "k10", "k19"}
     assert shown == {f"k{i}" for i in range(20)} - rated
 
 
-def test_more_canaries_than_a_fifth_of_the_examples_are_refused():
-    with pytest.raises(DataError, match=r"server.auxiliary: 4 examples; algorithm.canaries = 1 needs 5 for each"):
-        stage({"ann": knows("a")}, settings={"canaries": 1}, questions=questions("apple")).play()
+@pytest.mark.parametrize(
+    ("known", "asked", "message"),
+    [
+        (KNOWN, questions("apple"), "server.auxiliary: 4 examples; algorithm.canaries = 1 needs 5 each"),
+        (MANY, questions("apple", id=["q1"]), "server.auxiliary: no column 'id'"),
+        (replace(MANY, columns={**MANY.columns, "id": list(range(20))}), questions("apple"), "prompts: no column 'id'"),
+        (None, questions("apple"), "server.auxiliary: missing"),
+        (questions("a", "b"), questions("apple"), "server.auxiliary: no column 'answer'"),
+    ],
+)
+def test_data_that_do_not_suffice_are_refused_before_anybody_is_asked(known, asked, message):
+    with pytest.raises(ValueError, match=message):
+        FedGRPO(canaries=1).check_data(asked, known, ["correct"])
 
 
-def test_canaries_that_public_ids_would_mark_are_refused():
-    server = stage({"ann": knows("a", "b")}, settings={"experts": "all", "canaries": 1})
-    with pytest.raises(DataError, match=r"server.auxiliary: no column 'id'"):
-        server.play()
-    server.questions, server.known = questions("apple"), replace(KNOWN, columns={**KNOWN.columns, "id": list("1234")})
-    with pytest.raises(DataError, match=r"server.prompts: no column 'id'"):
-        server.play()
+def test_canaries_need_a_reward_that_knows_the_truth():
+    with pytest.raises(ValueError, match=r"server.rewards: missing; canaries need"):
+        FedGRPO(canaries=1).check_data(questions("apple"), MANY, [])
 
 
 def test_who_agrees_with_nobody_is_asked_no_more():

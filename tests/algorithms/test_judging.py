@@ -65,17 +65,6 @@ def test_a_silent_rater_costs_its_own_ratings_only():
     raters.close()
 
 
-def test_a_round_in_which_nobody_answers_fails_and_one_answer_saves_it():
-    server = stage(away={"ann", "bob"})
-    raters = Raters(server, ["ann", "bob"])
-    raters.rate(rollout_of(server), torch.ones(2, 4).bool())
-    with pytest.raises(TooFewRepliesError, match="round 1: no member rated any candidate"):
-        raters.close()
-    server.away = {"bob"}
-    raters.rate(rollout_of(server), torch.ones(2, 4).bool())
-    raters.close()
-
-
 def test_the_last_exchange_fails_itself_if_nobody_has_answered_yet():
     everybody = torch.ones(2, 4).bool()
     server = stage(away={"ann", "bob"})
@@ -119,11 +108,17 @@ def test_own_rewards_take_the_place_of_ratings_and_count_only_where_somebody_rat
     ratings = torch.tensor([[1.0, 0.0, NAN], [NAN, 0.5, NAN]])
     own = torch.tensor([[NAN, NAN, NAN], [0.25, 0.25, 0.25]])
     expected = torch.tensor([[1.0, 0.0, NAN], [0.25, 0.25, NAN]])
-    assert_close(with_own(ratings, own, 0), expected, equal_nan=True)
+    assert_close(with_own(ratings, own, 0, 3), expected, equal_nan=True)
     unrated = torch.tensor([[NAN, NAN], [0.5, NAN]])
     both = torch.tensor([[1.0, 1.0], [NAN, NAN]])
-    assert with_own(unrated, both, 0).isnan().all()  # nobody rated the primary objective
-    assert_close(with_own(unrated, both, None), torch.tensor([[1.0, NAN], [0.5, NAN]]), equal_nan=True)
+    assert with_own(unrated, both, 0, 2).isnan().all()  # nobody rated the primary objective
+    assert_close(with_own(unrated, torch.full((2, 2), NAN), None, 1)[1], torch.tensor([0.5, NAN]), equal_nan=True)
+
+
+def test_an_objective_that_some_candidates_of_a_question_lack_does_not_count_there():
+    ratings = torch.tensor([[1.0, 0.0, 1.0, NAN], [1.0, NAN, 1.0, NAN]])  # two questions of two candidates
+    expected = torch.tensor([[1.0, 0.0, 1.0, NAN], [NAN, NAN, 1.0, NAN]])
+    assert_close(with_own(ratings, torch.full((2, 4), NAN), 0, 2), expected, equal_nan=True)
 
 
 def test_a_record_says_nothing_before_there_is_enough_of_it():

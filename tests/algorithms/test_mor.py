@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from fedpact.algorithms.mor import MoR, mixture
+from fedpact.core.router import route
 from fedpact.errors import DataError, TooFewRepliesError
 from fedpact.messages import Fit, Score
 from tests.algorithms.stage import StageJudge, StageTrainer, adapter, questions
@@ -155,14 +156,38 @@ def test_a_round_in_which_nobody_can_be_fitted_fails():
 
 
 def test_a_router_needs_domains():
-    with pytest.raises(DataError, match=r"server.auxiliary: no column 'domain'"):
-        stage({"ann": judge("a")}, known=questions("ask", reference=["1"])).play()
+    with pytest.raises(ValueError, match=r"server.auxiliary: no column 'domain'"):
+        MoR().check_data(questions("ask"), questions("ask", reference=["1"]), [])
+
+
+def test_domains_that_are_nobodys_task_are_refused():
+    with pytest.raises(DataError, match=r"its domains \['a', 'b'\] are nobody's task; the members' are \['odd'\]"):
+        stage({"ann": judge("odd")}).play()
 
 
 def test_a_question_that_nobody_rates_moves_nothing_whatever_the_server_says_itself():
     def own(texts: Sequence[Any], completions: Sequence[str]) -> list[list[float]]:
         return [[NAN] * len(completions), [float(number(text) % 2) for text in completions]]
 
-    server = stage({"dan": judge("")}, own=own)
+    server = stage({"ann": judge("a"), "dan": judge("")}, own=own, away={"ann"})
     server.play()
     assert (server.policy.steps, of_kind(server, Score)) == ([], [])
+
+
+def test_the_likeliest_domain_is_asked_however_many_members_share_it():
+    judges = {name: judge("a") for name in ("ann", "art", "ava")} | {"bob": judge("b")}
+    server = stage(judges)
+    server.play()  # the router has been taught
+    likely = route(
+        {name.removeprefix("router/"): value for name, value in server.memory.items() if name.startswith("router/")},
+        server.embed(server.questions),
+    )
+    assert likely[0, 0] > likely[0, 1]  # an apple is of domain a
+    names = sorted(judges)
+    for num, asked in ((1, 1), (3, 3), (4, 4)):
+        weights = MoR(num_experts=num).routed(server, server.questions, names, ["a", "b"], 0)[0]
+        assert int((weights > 0).sum()) == asked
+        ours = weights[:3][weights[:3] > 0]
+        assert len(ours) == min(num, 3)
+        assert_close(ours, ours.mean().expand(len(ours)))  # they share their domain's weight
+    assert_close(weights[:3].sum() / weights[3], likely[0, 0] / likely[0, 1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ def test_the_server_shows_questions_and_candidates_and_no_answers(secretive, alg
             assert request.prompts.ids.tolist() == list(range(len(request.prompts)))
             assert set(request.rows.tolist()) == set(range(len(request.prompts)))
         if isinstance(request, Examine):
-            assert (dict(request.prompts.columns), len(request.references), len(request.decoys)) == ({}, 12, 12)
+            assert (dict(request.prompts.columns), len(request.first), len(request.second)) == ({}, 24, 24)
     per_exchange = [(who, one.round, one.exchange) for who, one, _ in watched.sent if one.verb != "hello"]
     assert len(per_exchange) == len(set(per_exchange))  # one message each
 
@@ -354,6 +354,17 @@ def test_fitting_that_nobody_answers_stops_a_run_and_it_goes_on_once_they_are_ba
     assert capfd.readouterr().err.splitlines()[-1].startswith("fedpact: round 1, exchange 0: 0 of 3 members replied")
     flag.unlink()
     assert in_process("resume", out) == 0
+
+
+def test_a_member_that_introduces_itself_wrongly_is_dropped_and_the_others_go_on(run_file):
+    def twice(who: str, envelope: Envelope, reply: Reply) -> Reply | Failure:
+        odd = who == "east" and isinstance(reply, Introduced)
+        return replace(reply, objectives=("low", "low")) if odd else reply
+
+    watched, out = launched(run_file, *fedgrpo(), watched=Watched(twice))
+    assert watched.losses == {"east": "objectives: found ('low', 'low'), expected each once"}
+    assert {who for _, who, _ in watched.asked(Score)} == {"north", "south"}
+    assert (out / "final").exists()
 
 
 # --- liars ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from fedpact.runtime.contract import contract_hash, contract_of
 from fedpact.runtime.engines import Engines
 from fedpact.runtime.envelope import Answer, Envelope
 from fedpact.runtime.member import Member
-from fedpact.runtime.noise import noisy_ratings, secret_uniforms
+from fedpact.runtime.noise import noisy_ratings
 from fedpact.types import Prompts
 
 NAN = float("nan")
@@ -215,7 +215,7 @@ def test_a_planted_answer_does_not_replace_a_trusted_one(tmp_path):
 
 # --- what may leave -------------------------------------------------------------------------------------------------
 
-GOOD = ["good"] * 50 + ["bad"] * 50
+GOOD = [f"good {i}" for i in range(50)] + [f"bad {i}" for i in range(50)]
 
 
 def test_with_a_budget_no_exact_reward_leaves_and_no_share_of_them_survives(tmp_path):
@@ -229,39 +229,48 @@ def test_with_a_budget_no_exact_reward_leaves_and_no_share_of_them_survives(tmp_
     assert 0.12 < flipped < 0.42  # 1/(1+e) = 0.27; three standard deviations
 
 
-def test_the_same_request_gets_the_same_noise_and_another_member_or_round_other_noise(tmp_path):
+def test_asking_again_tells_nothing_new_and_another_member_has_other_noise(tmp_path):
     one, other = (member(tmp_path / name, site={"epsilon_per_prompt": 10.0}) for name in "ab")
     first = send(one, score(GOOD)).rewards
     send(one, score(["good"]), exchange=1)  # the kept reply is another one now
     assert torch.equal(send(one, score(GOOD), attempt=1, nonce="again").rewards, first)
-    assert not torch.equal(send(one, score(GOOD), round=2).rewards, first)
+    assert torch.equal(send(one, score(GOOD), round=2).rewards, first)
+    assert torch.equal(send(one, score(GOOD), exchange=7).rewards, first)
     assert not torch.equal(send(other, score(GOOD)).rewards, first)  # same contract and seed, another secret
 
 
+def asked(texts: Sequence[str], rows: Sequence[int]) -> Score:
+    """Completions that all differ."""
+    return score([f"completion {i}" for i in range(len(rows))], rows, *texts)
+
+
 def test_noise_is_unbiased():
-    draws = secret_uniforms(b"s" * 32, "digest", 80_000).view(1, -1)
-    rewards = torch.cat([torch.ones(20_000), torch.zeros(60_000)])[None]
-    rows = torch.arange(80_000) // 4
-    told = noisy_ratings(rewards, rows, 4.0, draws)
-    assert float(told[0, :20_000].mean()) == pytest.approx(1.0, abs=0.03)  # standard error 0.007
-    assert float(told[0, 20_000:].mean()) == pytest.approx(0.0, abs=0.02)
+    request = asked([f"question {i}" for i in range(5_000)], [i // 4 for i in range(20_000)])
+    rewards = torch.cat([torch.ones(5_000), torch.zeros(15_000)])[None]
+    told = noisy_ratings(request, rewards, 4.0, b"s" * 32)
+    assert float(told[0, :5_000].mean()) == pytest.approx(1.0, abs=0.06)  # standard error 0.014
+    assert float(told[0, 5_000:].mean()) == pytest.approx(0.0, abs=0.04)
 
 
 def test_a_questions_budget_is_shared_by_all_that_is_told_about_it():
     truth = torch.tensor([[1.0, 1.0, 1.0, 1.0, NAN], [NAN] * 5])
-    never = torch.full((2, 5), 0.999999)  # a draw near 1 keeps the bit
-    told = noisy_ratings(truth, torch.tensor([0, 0, 0, 1, 1]), 3.0, never)[0]
-    keep_one, keep_two = (torch.tensor(e).exp() / (torch.tensor(e).exp() - 1) for e in (1.0, 1.5))
-    torch.testing.assert_close(told, torch.stack([keep_one] * 3 + [keep_two, torch.tensor(NAN)]), equal_nan=True)
+    told = noisy_ratings(asked(["a?", "b?"], [0, 0, 0, 1, 1]), truth, 3.0, b"s" * 32)[0]
+    # whatever is told lies e / (e - 1) - 1/2 from one half, at e^(3/3) for three candidates and e^(3/2) for two
+    far = [float((torch.tensor(e).exp() + 1) / (torch.tensor(e).exp() - 1) / 2) for e in (1.0, 1.5)]
+    assert (told - 0.5).abs()[:4].tolist() == pytest.approx([far[0]] * 3 + [far[1]], rel=1e-5)
+    assert told[4].isnan()
 
 
-def test_a_question_that_is_sent_twice_in_a_request_has_one_budget(tmp_path):
-    many = 400
-    repeated = score(["good"] * many, torch.arange(many), *["what?"] * many)
-    try:
-        told = send(member(tmp_path, site={"epsilon_per_prompt": 4.0}), repeated).rewards[0]
-    except RefusedError:
-        return
+def chat(*turns: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": turn} for turn in turns]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_question_that_is_sent_many_times_in_a_request_has_one_budget(tmp_path, padded):
+    texts = [chat(f"pad {i}", "what?") if padded else "what?" for i in range(400)]
+    request = replace(asked([], range(400)), prompts=Prompts(text=texts, ids=torch.arange(400), columns={}))
+    request = replace(request, completions=[f"good {i}" for i in range(400)])
+    told = send(member(tmp_path, site={"epsilon_per_prompt": 4.0}), request).rewards[0]
     share_kept = float((told == told.max()).float().mean())
     assert share_kept < 0.6  # 0.982 were it 4 for each of 400; 0.5025 for a hundredth each
 
@@ -276,7 +285,7 @@ def test_an_examination_does_not_tell_exactly_what_a_budget_hides(tmp_path):
     one = member(tmp_path, site={"epsilon_per_prompt": 0.01})
     candidates = [f"{'good' if i % 2 else 'bad'} {i}" for i in range(200)]
     try:
-        bits = send(one, examine(candidates, [""] * 200)).correct  # good exactly where the judge says so
+        bits = send(one, examine(candidates, [""] * 200)).prefers_first  # good exactly where the judge says so
     except RefusedError:
         return
     agreement = float((bits == torch.tensor([i % 2 for i in range(200)]).bool()).float().mean())
@@ -324,7 +333,7 @@ ONES = torch.ones(2)
         (Scored(torch.ones(2, 2).double()), score(["a", "b"]), "float64"),
         (Scored(torch.tensor([[torch.inf, 0], [0, 0]])), score(["a", "b"]), "1 of 4 entries are not finite"),
         (Scored(torch.tensor([[-2e6, 0], [0, NAN]])), score(["a", "b"]), r"rewards: found 2e\+06"),
-        (Examined(torch.ones(2).bool()), examine(["a"], ["b"]), r"correct: found \(2,\)"),
+        (Examined(torch.ones(2).bool()), examine(["a"], ["b"]), r"prefers_first: found \(2,\)"),
         (Examined(torch.ones(1)), examine(["a"], ["b"]), "expected .* torch.bool"),
         (Fitted(ONES, ONES, torch.ones(3)), fit(score(["a"])), r"accuracy: found \(3,\)"),
         (Fitted(ONES * torch.inf, ONES, ONES), fit(score(["a"])), "mean: 2 of 2"),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from fedpact.messages import Reply, Request
 from fedpact.protocols import Client, Server
-from fedpact.types import Adapter, Memory
+from fedpact.types import Adapter, Memory, Prompts
 
 
 class Algorithm(BaseModel, ABC):
@@ -29,6 +29,12 @@ class Algorithm(BaseModel, ABC):
 
     def check(self, objectives: Sequence[str]) -> None:
         """Raise ValueError, naming the setting, if these settings do not go with the run's objectives."""
+
+    def check_data(self, prompts: Prompts, auxiliary: Prompts | None, measured: Collection[str]) -> None:
+        """Raise ValueError, naming the table, if the server's data do not suffice: checked before anybody is asked.
+
+        `measured` are the objectives for which the server has rewards, audits included.
+        """
 
     @abstractmethod
     def server(self, adapter: Adapter, server: Server) -> Adapter:

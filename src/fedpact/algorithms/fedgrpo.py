@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -30,7 +30,7 @@ class FedGRPO(Algorithm):
 
     The graph is the paper's (arXiv:2602.12014, section "Confidence graph"): the nearest auxiliary questions by cosine,
     and each member's hit rate on them. A hit is our reading for judges in general: the judge puts the reference answer
-    above a wrong one, which for a judge that answers the question itself is the paper's "answers it rightly".
+    strictly above a wrong one, which for a judge that answers the question itself is the paper's "answers it rightly".
 
     The paper's printed rule standardises over the experts of one candidate. Those values add up to zero, and so does
     the update. Here the group is the candidates of a question, each rewarded with what its experts say on average.
@@ -77,8 +77,33 @@ class FedGRPO(Algorithm):
                     f"algorithm.{setting}: found {getattr(self, setting)!r}; it compares 3 raters or more: set "
                     'num_experts = 3 and assignment = "everybody"'
                 )
+        if self.standardise and self.assignment == "blocks":
+            raise ValueError(
+                'algorithm.standardise: found true with assignment = "blocks"; that would remove what tells the blocks '
+                'apart: set assignment = "everybody"'
+            )
         if self.min_canary is not None and not self.canaries:
             raise ValueError("algorithm.canaries: found 0; min_canary needs at least 1")
+
+    def check_data(self, prompts: Prompts, auxiliary: Prompts | None, measured: Collection[str]) -> None:
+        if self.experts == "oracle" and "domain" not in prompts.columns:
+            raise ValueError("server.prompts: no column 'domain'; experts = \"oracle\" needs it, use rename")
+        if auxiliary is None and (self.experts == "confidence" or self.canaries):
+            raise ValueError('server.auxiliary: missing; experts = "confidence" and canaries need labelled examples')
+        if auxiliary is not None and self.experts == "confidence":
+            if "reference" not in auxiliary.columns:
+                raise ValueError("server.auxiliary: no column 'answer'; expected reference answers, use rename")
+            decoys(auxiliary.columns["reference"])
+        if auxiliary is not None and self.canaries:
+            if self.canaries > len(auxiliary) // 5:
+                raise ValueError(
+                    f"server.auxiliary: {len(auxiliary)} examples; algorithm.canaries = {self.canaries} needs 5 each"
+                )
+            if ("id" in prompts.columns) != ("id" in auxiliary.columns):
+                lacking = "auxiliary" if "id" in prompts.columns else "prompts"
+                raise ValueError(f"server.{lacking}: no column 'id', which the others have; it would mark canaries")
+            if not measured:
+                raise ValueError("server.rewards: missing; canaries need the primary objective's, with audit = true")
 
     def server(self, adapter: Adapter, server: Server) -> Adapter:
         if self.experts == "confidence":
@@ -95,7 +120,8 @@ class FedGRPO(Algorithm):
             if self.standardise:
                 ratings = torch.stack([standardised(one, rollout.group_size) for one in ratings.unbind(1)], dim=1)
             rewards = torch.stack([combined(one, self.aggregation) for one in ratings.unbind(1)])  # [m, n]
-            return with_own(rewards, server.rewards(rollout.prompts, rollout.completions), server.primary)
+            own = server.rewards(rollout.prompts, rollout.completions)
+            return with_own(rewards, own, server.primary, rollout.group_size)
 
         how = self.multi_objective_aggregation
         adapter = train_at_server(
@@ -108,19 +134,37 @@ class FedGRPO(Algorithm):
     # --- who is asked -----------------------------------------------------------------------------------------------
 
     def examine_newcomers(self, server: Server) -> None:
-        """One exchange with the members whose competence is not known yet; it is remembered for the run."""
+        """One exchange with the members whose competence is not known yet; it is remembered for the run.
+
+        Every question comes twice, its answers swapped, in an order that tells nothing: a hit is the right preference
+        both times, so that a judge that likes everything, or always the first, scores none.
+        """
         unknown = [name for name in sorted(server.clients) if f"examined/{name}" not in server.memory]
-        known = server.auxiliary()
         if not unknown:
             return
-        if "reference" not in known.columns:
-            raise DataError("server.auxiliary: no column 'answer'; expected reference answers, use rename")
+        known = server.auxiliary()
         questions = known.select(self.examples(known)[0])
+        size = len(questions)
         references = list(questions.columns["reference"])
-        request = Examine(public(questions), references, decoys(references, questions.columns.get("domain")))
+        wrong = decoys(references, questions.columns.get("domain"))
+        order = server.uniforms("examination", 1, 2 * size)[0].argsort()  # [2 a]: first all as they are, then swapped
+        first = [(references + wrong)[i] for i in order.tolist()]
+        second = [(wrong + references)[i] for i in order.tolist()]
+        request = Examine(public(questions.select((order % size).tolist())), first, second)
         needed = int(len(unknown) == len(server.clients))  # one at least must be known, or nobody would ever be asked
         for name, reply in server.ask(dict.fromkeys(unknown, request), min_replies=needed).items():
-            server.memory[f"examined/{name}"] = reply.correct.float()
+            preferred = torch.zeros(2 * size, dtype=torch.bool)
+            preferred[order] = reply.prefers_first
+            hits = preferred[:size] & ~preferred[size:]
+            server.memory[f"examined/{name}"] = hits.float()
+            server.log(**{f"examined/{name}": float(hits.float().mean())})
+        if not any(
+            bool(server.memory[f"examined/{n}"].any()) for n in server.clients if f"examined/{n}" in server.memory
+        ):
+            raise DataError(
+                "server.auxiliary: no member's judge prefers any reference to a wrong answer; see whether "
+                "server.reference is how a completion states its answer"
+            )
 
     def chosen(self, server: Server, questions: Prompts, names: Sequence[ClientId], step: int) -> Tensor:
         """Who rates which question: bool [p, k]."""
@@ -132,8 +176,6 @@ class FedGRPO(Algorithm):
         if self.experts == "confidence":
             rates, floor = self.competence(server, questions, names), self.competence_floor
         elif self.experts == "oracle":
-            if "domain" not in questions.columns:
-                raise DataError("server.prompts: no column 'domain'; experts = \"oracle\" needs it, use rename")
             fits = [[server.clients[name].task == d for name in names] for d in questions.columns["domain"]]
             rates = torch.where(torch.tensor(fits), 1.0, torch.nan)
         else:
@@ -155,11 +197,9 @@ class FedGRPO(Algorithm):
 
         Who is examined sees right answers; on a canary that it had seen before a liar would tell the truth.
         """
-        unseen = list(range(4, len(known), 5)) if self.canaries else []
-        if self.canaries > len(unseen):
-            raise DataError(
-                f"server.auxiliary: {len(known)} examples; algorithm.canaries = {self.canaries} needs 5 for each canary"
-            )
+        domains = known.columns.get("domain", [""] * len(known))
+        by_domain = sorted(range(len(known)), key=lambda row: (str(domains[row]), row))
+        unseen = by_domain[4::5] if self.canaries else []
         return [row for row in range(len(known)) if row not in set(unseen)], unseen
 
     def embedded(self, server: Server, questions: Prompts) -> Tensor:
@@ -174,9 +214,6 @@ class FedGRPO(Algorithm):
         if not self.canaries:
             return questions
         known = server.auxiliary()
-        if ("id" in questions.columns) != ("id" in known.columns):
-            lacking = "auxiliary" if "id" in questions.columns else "prompts"
-            raise DataError(f"server.{lacking}: no column 'id', which the other questions have; it would mark canaries")
         unseen = self.examples(known)[1]
         drawn = server.uniforms(f"canaries/{number}", 1, len(unseen))[0].argsort()[: self.canaries]
         mixed = questions.followed_by(known.select([unseen[i] for i in drawn.tolist()]))
@@ -212,22 +249,29 @@ class FedGRPO(Algorithm):
 
     def examine(self, request: Examine, client: Client) -> Examined:
         assert client.primary is not None
-        right = client.judge(request.prompts, request.references)[client.primary]
-        wrong = client.judge(request.prompts, request.decoys)[client.primary]
-        return Examined(right > wrong)  # false where the judge has no opinion
+        size = len(request.prompts)
+        asked = [*zip(map(str, request.prompts.text), request.first, strict=True)]
+        asked += [*zip(map(str, request.prompts.text), request.second, strict=True)]
+        place = {pair: i for i, pair in reversed([*enumerate(asked)])}  # each answer is judged once
+        rows = sorted(place.values())
+        answers = [*request.first, *request.second]
+        questions = request.prompts.select([row % size for row in rows])
+        judged = client.judge(questions, [answers[row] for row in rows])[client.primary]
+        rating = dict(zip(rows, judged.tolist(), strict=True))
+        ratings = torch.tensor([rating[place[pair]] for pair in asked])
+        return Examined(ratings[:size] > ratings[size:])  # false where the judge has no opinion
 
 
 def decoys(references: Sequence[str], domains: Sequence[str] | None = None) -> list[str]:
     """A wrong answer to every question: the next question's reference that differs, of the same domain if there is one.
 
-    Raises DataError if all references are the same.
+    Raises ValueError if all references are the same.
     """
     if len(set(references)) < 2:
-        raise DataError("server.auxiliary: all answers are the same; expected some that differ")
+        raise ValueError("server.auxiliary: all answers are the same; expected some that differ")
     found = []
     for i, reference in enumerate(references):
-        others = [(i + step) % len(references) for step in range(1, len(references))]
-        wrong = [j for j in others if references[j] != reference]
-        near = [j for j in wrong if domains is not None and domains[j] == domains[i]]
+        wrong = [j for j in (*range(i + 1, len(references)), *range(i)) if references[j] != reference]
+        near = wrong if domains is None else [j for j in wrong if domains[j] == domains[i]]
         found.append(references[(near or wrong)[0]])
     return found

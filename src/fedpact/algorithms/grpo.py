@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 from fedpact.algorithms.base import Algorithm
 from fedpact.algorithms.judging import train_at_server
 from fedpact.algorithms.steps import Aggregation
+from fedpact.errors import DataError
 from fedpact.protocols import Server
 from fedpact.types import Adapter
 
@@ -28,6 +29,8 @@ class GRPO(Algorithm):
     needs: ClassVar[frozenset[str]] = frozenset({"server"})
 
     def server(self, adapter: Adapter, server: Server) -> Adapter:
+        if not bool(server.present.any()):
+            raise DataError("server.rewards: none is trained on; set audit = false for one at least")
         return train_at_server(
             adapter,
             server,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fedpact.algorithms.steps import Aggregation, combined_advantages, judged
-from fedpact.errors import TooFewRepliesError
 from fedpact.messages import Score, Scored
 from fedpact.protocols import Client, Server
 from fedpact.types import Adapter, ClientId, Prompts, Rollout
@@ -92,9 +91,7 @@ class Raters:
             self.figures.setdefault(name, []).append(value)
 
     def close(self) -> None:
-        """Log the round's means. Raises TooFewRepliesError if raters were asked and none of them ever answered."""
-        if self.asked and not self.answered:
-            raise TooFewRepliesError(f"round {self.server.round}: no member rated any candidate; see who was dropped")
+        """Log the round's means."""
         kept = {name: [value for value in values if value == value] for name, values in self.figures.items()}
         self.server.log(**{f"train/{name}": sum(values) / len(values) for name, values in kept.items() if values})
 
@@ -116,14 +113,17 @@ def questions_of(rollout: Rollout) -> Prompts:
     return rollout.prompts.select(range(0, len(rollout.completions), rollout.group_size))
 
 
-def with_own(ratings: Tensor, own: Tensor, primary: int | None) -> Tensor:
+def with_own(ratings: Tensor, own: Tensor, primary: int | None, group_size: int) -> Tensor:
     """Members' combined ratings [m, n], and the server's rewards [m, n] where it has some of its own.
 
     A candidate that no member rated on the primary objective (on any, if there is none) counts for nothing at all: form
-    alone must not move the policy on questions that nobody can judge.
+    alone must not move the policy on questions that nobody can judge. Another objective counts on a question only if
+    all of its rated candidates have it: a missing reward would otherwise count as 0.
     """
-    unrated = ratings.isnan().all(0) if primary is None else ratings[primary].isnan()
-    return torch.where(own.isnan(), ratings, own).masked_fill(unrated, torch.nan)
+    unrated = ratings.isnan().all(0) if primary is None else ratings[primary].isnan()  # [n]
+    rewards = torch.where(own.isnan(), ratings, own).masked_fill(unrated, torch.nan)
+    partial = (rewards.isnan() & ~unrated).view(len(rewards), -1, group_size).any(-1)  # [m, p]
+    return rewards.masked_fill(partial.repeat_interleave(group_size, dim=1), torch.nan)
 
 
 def score(request: Score, client: Client) -> Scored:

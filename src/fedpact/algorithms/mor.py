@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -10,7 +10,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from fedpact.algorithms.base import Algorithm
-from fedpact.algorithms.judging import Raters, public, questions_of, score, train_at_server
+from fedpact.algorithms.judging import Raters, public, questions_of, score, train_at_server, with_own
 from fedpact.algorithms.steps import Aggregation
 from fedpact.core.confidence import chosen_experts
 from fedpact.core.router import fit_router, route
@@ -18,6 +18,9 @@ from fedpact.errors import DataError
 from fedpact.messages import Fit, Fitted, Score, Scored
 from fedpact.protocols import Client, Server
 from fedpact.types import Adapter, ClientId, Prompts, Rollout
+
+LARGEST = 5.0
+"""Standard deviations that a calibrated rating can count for."""
 
 
 class MoR(Algorithm):
@@ -41,6 +44,10 @@ class MoR(Algorithm):
 
     needs: ClassVar[frozenset[str]] = frozenset({"server", "reference"})
 
+    def check_data(self, prompts: Prompts, auxiliary: Prompts | None, measured: Collection[str]) -> None:
+        if auxiliary is None or "domain" not in auxiliary.columns:
+            raise ValueError("server.auxiliary: no column 'domain'; the router learns from it, use rename")
+
     def server(self, adapter: Adapter, server: Server) -> Adapter:
         domains = self.fit_newcomers(adapter, server)
         raters = Raters(server, sorted(name for name in server.clients if f"mean/{name}" in server.memory))
@@ -54,9 +61,10 @@ class MoR(Algorithm):
                 mean, std = torch.stack(known["mean"]), torch.stack(known["std"])  # [k, m]
                 # All alike on the probe: that shows no scale, and dividing by next to nothing would drown the others.
                 ratings = (ratings - mean[..., None]) / std.where(std > 1e-6, 1.0)[..., None]
+                ratings = ratings.clamp(-LARGEST, LARGEST)  # nobody's own scale may decide alone
             mixed = mixture(ratings, weights)
             own = server.rewards(rollout.prompts, rollout.completions)
-            return torch.where(own.isnan(), mixed, own).masked_fill(mixed.isnan().all(0), torch.nan)
+            return with_own(mixed, own, None, rollout.group_size)
 
         how = self.multi_objective_aggregation
         adapter = train_at_server(adapter, server, judge, steps=self.server_steps, how=how)
@@ -66,9 +74,10 @@ class MoR(Algorithm):
     def fit_newcomers(self, adapter: Adapter, server: Server) -> list[str]:
         """Fit and calibrate whoever is new, teach the router once; the domains that it tells apart, sorted."""
         known = server.auxiliary()
-        if "domain" not in known.columns:
-            raise DataError("server.auxiliary: no column 'domain'; the router learns from it, use rename")
         domains = sorted({str(domain) for domain in known.columns["domain"]})
+        tasks = sorted({one.task for one in server.clients.values()})
+        if not set(tasks) & set(domains):
+            raise DataError(f"server.auxiliary: its domains {domains} are nobody's task; the members' are {tasks}")
         labels = torch.tensor([domains.index(str(domain)) for domain in known.columns["domain"]])
         if not any(name.startswith("router/") for name in server.memory):
             router = fit_router(server.embed(known), labels, len(domains))
@@ -96,13 +105,16 @@ class MoR(Algorithm):
         router = {name.removeprefix("router/"): v for name, v in server.memory.items() if name.startswith("router/")}
         likely = route(router, server.embed(questions), temperature=self.temperature)  # [p, c]
         tasks = [server.clients[name].task for name in names]
-        weights = torch.zeros(len(questions), len(names))
+        share = torch.zeros(len(questions), len(names))  # of each member's domain
         for k, task in enumerate(tasks):
             if task in domains:
-                weights[:, k] = likely[:, domains.index(task)] / tasks.count(task)
+                share[:, k] = likely[:, domains.index(task)]
+        asked = share > 0
         if self.num_experts is not None:
             draws = server.uniforms(f"experts/{step}", len(questions), len(names))
-            weights = weights * chosen_experts(weights, self.num_experts, draws=draws)
+            asked &= chosen_experts(share, self.num_experts, draws=draws)
+        same = torch.tensor([[float(one == other) for other in tasks] for one in tasks])  # [k, k]
+        weights = share * asked / (asked.float() @ same).clamp(min=1)  # members of one task share its weight
         return weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
 
     def score(self, request: Score, client: Client) -> Scored:

@@ -27,5 +27,5 @@ def mean_hidden_states(
             rows.append(states[torch.arange(len(part)), attention.long().argmax(-1)])
         else:
             kept = attention[..., None]
-            rows.append((states * kept).sum(1) / kept.sum(1))
+            rows.append((states * kept).sum(1) / kept.sum(1).clamp(min=1))
     return torch.nn.functional.normalize(torch.cat(rows), dim=-1).cpu()

@@ -43,7 +43,7 @@ class AnswerKey:
         texts = self.prompts.text
         object.__setattr__(self, "_by_id", self._index(ids, f"the same {self.id}"))
         object.__setattr__(self, "_by_words", self._index([_words(text) for text in texts], "the same question"))
-        object.__setattr__(self, "_by_question", self._index([_question(text) for text in texts], None))
+        object.__setattr__(self, "_by_question", self._index([question(text) for text in texts], None))
 
     def join(self, prompts: Prompts) -> Prompts:
         """The same questions with this file's columns, None where it has no answer.
@@ -67,7 +67,7 @@ class AnswerKey:
         row = None if public_id is None else self._by_id.get(str(public_id))
         if row is None:
             row = self._by_words.get(_words(text))
-        return self._by_question.get(_question(text)) if row is None else row
+        return self._by_question.get(question(text)) if row is None else row
 
     def _index(self, keys: Sequence[str], same: str | None) -> dict[str, int]:
         """The first row of each key. Where rows with one key differ: DataError that says what is the same, or none."""
@@ -110,7 +110,7 @@ def _is_frame(character: str) -> bool:
     return character == " " or (category.startswith("P") and category != "Pd" and character not in "!%")
 
 
-def _question(text: Text) -> str:
+def question(text: Text) -> str:
     """The last user message of a chat, or the text, normalised; "" if there is nothing to compare."""
     if isinstance(text, str):
         return normalised(text)

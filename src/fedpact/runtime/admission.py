@@ -47,7 +47,7 @@ def admit(reply: Reply, limits: Limits, request: Request[Any]) -> None:
         if largest > limits.max_reward:
             raise InadmissibleError(f"rewards: found {largest:g}, expected at most {limits.max_reward:g}")
     if isinstance(reply, Examined) and isinstance(request, Examine):
-        _check("correct", reply.correct, (len(request.prompts),), torch.bool)
+        _check("prefers_first", reply.prefers_first, (len(request.prompts),), torch.bool)
     if isinstance(reply, Fitted):
         for name in ("mean", "std", "accuracy"):
             _check(name, getattr(reply, name), (limits.num_objectives,), torch.float32, nan=True)

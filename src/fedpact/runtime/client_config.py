@@ -100,7 +100,7 @@ class SiteSettings(Settings):
     max_completion_length: PositiveInt | None = None
     max_learning_rate: PositiveFloat | None = None
     max_rounds: PositiveInt | None = None
-    max_candidates: PositiveInt | None = None
+    max_candidates: PositiveInt = 4096
     """Completions to judge in one request."""
     epsilon_per_prompt: PositiveFloat | None = None
     """Randomised response on 0/1 rewards: each request spends this on each question, evenly over its candidates; being

@@ -53,7 +53,7 @@ class FederationSettings(Settings):
     participation: float = Field(default=1.0, gt=0, le=1)
     """Share of the members in a round, drawn afresh each round."""
     min_replies: PositiveInt = 1
-    """An exchange with fewer admitted replies fails."""
+    """An exchange with fewer admitted replies fails. Where members only judge, one reply in a round is enough."""
     timeout_s: PositiveFloat | None = None
     """An exchange closes after this time; in a simulation, where members take turns, each has it for itself. None: it
     waits for all."""

@@ -17,7 +17,7 @@ from fedpact.messages import Averaged, Evaluated, Examine, Examined, Fit, Reply,
 from fedpact.runtime.client_config import SiteSettings
 from fedpact.runtime.config import parse_algorithm
 from fedpact.runtime.contract import Contract, contract_hash, read_contract
-from fedpact.runtime.noise import member_secret, noisy_bits, noisy_ratings, same_questions, secret_uniforms
+from fedpact.runtime.noise import member_secret, noisy_bits, noisy_ratings
 from fedpact.types import Adapter
 
 EVERYTHING = ("rewards", "accuracy", "metrics")
@@ -72,13 +72,12 @@ class Gate:
         """Let what an envelope holds in. Raises RefusedError if it asks for more work than this member does at once."""
         if not isinstance(request, (Score, Fit, Examine)):
             return
-        if isinstance(request, Examine):
-            found = len(request.references) + len(request.decoys)
-        else:
-            found = len(request.completions)
-        limit = self.site.max_candidates
-        if limit is not None and found > limit:
-            raise RefusedError(f"{self.where}: site.max_candidates: the request has {found}, allowed are {limit}")
+        answers = [*request.first, *request.second] if isinstance(request, Examine) else request.completions
+        if len(answers) > self.site.max_candidates:
+            limit = self.site.max_candidates
+            raise RefusedError(
+                f"{self.where}: site.max_candidates: the request has {len(answers)}, allowed are {limit}"
+            )
         if isinstance(request, Fit) and self.site.epsilon_per_prompt is not None:
             raise RefusedError(
                 f"{self.where}: site.epsilon_per_prompt: a calibration tells exact means; remove it, or leave this run"
@@ -87,8 +86,8 @@ class Gate:
         if wrong:
             raise RefusedError(f"{self.where}: malformed request: {wrong}")
 
-    def leave(self, request: Request[Any], reply: Reply, digest: str = "") -> Reply:
-        """What of `reply` may leave; `digest` keys its noise. Raises RefusedError if none of it may."""
+    def leave(self, request: Request[Any], reply: Reply) -> Reply:
+        """What of `reply` may leave. Raises RefusedError if none of it may."""
         if isinstance(reply, Averaged):
             reply = replace(reply, weight=min(reply.weight, self.site.max_weight or float("inf")))
         fewest = _fewest(reply)
@@ -100,19 +99,16 @@ class Gate:
         if isinstance(reply, Trained):
             reply = replace(reply, adapter=self._clipped(getattr(request, "adapter", {}), reply.adapter))
         if isinstance(reply, Scored) and isinstance(request, Score) and self.site.epsilon_per_prompt is not None:
-            reply = replace(reply, rewards=self._noisy(request, reply.rewards, digest))
+            reply = replace(reply, rewards=self._noisy(request, reply.rewards))
         if isinstance(reply, Examined) and isinstance(request, Examine) and self.site.epsilon_per_prompt is not None:
-            draws = secret_uniforms(member_secret(self.home), digest, len(reply.correct))
-            same = same_questions(request.prompts)
-            reply = Examined(noisy_bits(reply.correct, same, self.site.epsilon_per_prompt, draws))
+            budget, secret = self.site.epsilon_per_prompt, member_secret(self.home)
+            reply = Examined(noisy_bits(request, reply.prefers_first, budget, secret))
         return self._shared(reply)
 
-    def _noisy(self, request: Score, rewards: Tensor, digest: str) -> Tensor:
+    def _noisy(self, request: Score, rewards: Tensor) -> Tensor:
         assert self.site.epsilon_per_prompt is not None
-        draws = secret_uniforms(member_secret(self.home), digest, rewards.numel()).view(rewards.shape)
-        rows = same_questions(request.prompts)[request.rows]  # asked twice in one request: one budget
         try:
-            return noisy_ratings(rewards, rows, self.site.epsilon_per_prompt, draws)
+            return noisy_ratings(request, rewards, self.site.epsilon_per_prompt, member_secret(self.home))
         except ValueError as error:
             raise RefusedError(
                 f"{self.where}: site.epsilon_per_prompt: {error}; use rewards of 0 and 1, or send exact ones"
@@ -165,8 +161,8 @@ def _malformed(request: Score | Fit | Examine) -> str:
     if not all(message.keys() >= {"role", "content"} for chat in chats for message in chat):
         return "a message of a chat lacks its role or its content"
     if isinstance(request, Examine):
-        if {len(request.references), len(request.decoys)} != {size}:
-            return "expected one reference and one decoy for each question"
+        if {len(request.first), len(request.second)} != {size}:
+            return "expected two answers to each question"
         return ""
     rows = request.rows
     if rows.shape != (len(request.completions),) or rows.dtype != torch.int64:

@@ -50,6 +50,7 @@ def prepared(config: RunConfig, folder: Path, *, home: Path, where: str) -> Star
     if config.server is not None:
         contract = contract_of(config, model=model.sha256)
         trainer = Trainer(config.server, contract, folder=folder, home=home / "server", model=model.path, where=where)
+        trainer.check(config.algorithm)
     return Start(model, adapter, peft_config(list(model.layers), config.policy.lora, base=base), trainer)
 
 

@@ -184,7 +184,7 @@ class Member:
         gap = {} if client.sampler_gap is None else {"sampler_gap": client.sampler_gap}
         if figures := {**gap, **client.outcomes()}:
             client.log(**figures)
-        data = encode(self.gate.leave(request, reply, digest))
+        data = encode(self.gate.leave(request, reply))
         self.store.save((envelope.round, envelope.exchange), client.memory, digest, data)
         if envelope.since is not None:
             self.store.prune(envelope.since)

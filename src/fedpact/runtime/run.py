@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from fedpact import __version__
-from fedpact.errors import ConfigError, StoreError, TooFewRepliesError
+from fedpact.errors import ConfigError, InadmissibleError, StoreError, TooFewRepliesError
 from fedpact.messages import Evaluate, Evaluated, Hello, Introduced
 from fedpact.runtime.admission import Limits, admit
 from fedpact.runtime.codec import encode
@@ -87,8 +87,13 @@ class Run:
                 self._note(envelopes[client], client, "failed")
                 self.observer.dropped(client, answer.reason)
                 continue
-            reply = unwrap(envelopes[client], answer)
-            admit(reply, self.limits, Hello(self.canonical))
+            try:
+                reply = unwrap(envelopes[client], answer)
+                admit(reply, self.limits, Hello(self.canonical))
+            except InadmissibleError as error:
+                self._note(envelopes[client], client, "refused", bytes_in=len(answer))
+                self.observer.dropped(client, str(error))
+                continue
             assert isinstance(reply, Introduced)
             self._note(envelopes[client], client, "admitted", bytes_in=len(answer))
             introduced[client] = reply

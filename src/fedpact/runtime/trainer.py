@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedpact.algorithms.base import Algorithm
 from fedpact.errors import DataError
 from fedpact.messages import Evaluate, Evaluated
 from fedpact.policy.encoders import Encoder, encoder
@@ -40,9 +41,17 @@ class Trainer:
         }
         self.audits = frozenset(name for name, reward in settings.rewards.items() if reward.audit)
         self._engines = Engines()
-        self._folder = folder
-        self._encoder: Encoder | None = None
+        self._encoder: Encoder = encoder(
+            settings.encoder, self.examples(), folder=folder, where=f"{where}: server.encoder"
+        )
         self._embedded: Tensor | None = None  # of the auxiliary examples: frozen, so worked out once
+
+    def check(self, algorithm: Algorithm) -> None:
+        """Raises DataError if the algorithm needs more than there is."""
+        try:
+            algorithm.check_data(self.prompts, self._auxiliary, self.rewards.keys())
+        except ValueError as error:
+            raise DataError(f"{self.where}: {error}") from error
 
     def policy(self, *parts: str | int) -> LoraPolicy:
         """The server's policy, its draws keyed by `parts`."""
@@ -71,11 +80,6 @@ class Trainer:
 
     def embed(self, prompts: Prompts, policy: Callable[[], LoraPolicy]) -> Tensor:
         """[p, h] unit rows; `policy` gives the policy of this round."""
-        if self._encoder is None:
-            corpus = self.examples()
-            self._encoder = encoder(
-                self.settings.encoder, corpus, folder=self._folder, where=f"{self.where}: server.encoder"
-            )
         if prompts is not self._auxiliary:
             return self._encoder(prompts, policy)
         if self._embedded is None:
@@ -93,6 +97,11 @@ class Trainer:
         answers = found.columns.get("answer")
         if answers is None:
             return found
+        missing = [row for row, answer in enumerate(answers) if answer is None]
+        if missing:
+            raise DataError(
+                f"{self.where}: server.auxiliary: row {missing[0]} has no answer; give it one, or remove it"
+            )
         references = [self.settings.reference.replace("{answer}", str(answer)) for answer in answers]
         return dataclasses.replace(found, columns={**found.columns, "reference": references})
 
