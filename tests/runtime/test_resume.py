@@ -88,6 +88,12 @@ def test_a_run_that_was_stopped_before_it_began_can_be_run_again(run_file, finis
     assert results(out_of(run_file)) == results(finished)
 
 
+SERVER = """
+[server]
+prompts = { path = "questions.jsonl", heldout_share = 0.3 }
+auxiliary = { path = "auxiliary.jsonl" }
+rewards = { low = { use = "clients/rewards.py:low", audit = true } }
+"""
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -126,10 +132,12 @@ assert os.waitpid(begin(out), 0)[1] == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["fedavg", "fedmoa"])
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedmoa", "fedgrpo"])
 def test_a_run_that_is_killed_at_five_random_moments_ends_with_the_same_bytes(tmp_path, model, algorithm):
     run_file = write_project(tmp_path, model=model, rounds=12)
     text = run_file.read_text().replace('name = "fedavg"', f'name = "{algorithm}"')
+    if algorithm == "fedgrpo":
+        text = text.replace("local_steps", "server_steps") + SERVER
     run_file.write_text(text)
     command = [sys.executable, "-c", KILLED, run_file, out_of(run_file), "7"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
