@@ -38,7 +38,7 @@ class Agreement:
     gives the share of `num_votes` samples that the candidate agrees with, where a sample without an answer agrees with
     nobody. `compare` is "exact", "numeric" or "math", as in `fedpact.rewards:exact_answer` and its kin; the answer is
     what stands in the last `<tag>...</tag>`. With `tag = ""` it is the whole completion, if that was not cut at
-    `max_completion_length`.
+    `max_completion_length`. Of a question longer than `max_prompt_length` tokens the end is read.
 
     The model is loaded in the first call, and answers to the last `cache_size` questions are kept: give the reward a
     `timeout_s` that is enough for both. Own answers never leave; what does is one number a candidate.
@@ -54,6 +54,7 @@ class Agreement:
         tag: str = "answer",
         temperature: float = 1.0,
         max_completion_length: int = 256,
+        max_prompt_length: int | None = None,
         seed: int = 0,
         device: str = "auto",
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
@@ -66,6 +67,8 @@ class Agreement:
         _expect("compare", compare, tuple(_COMPARE))
         _expect("dtype", dtype, _DTYPES)
         sizes = {"num_votes": num_votes, "max_completion_length": max_completion_length, "cache_size": cache_size}
+        if max_prompt_length is not None:
+            sizes["max_prompt_length"] = max_prompt_length
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"{name} is {size}; expected at least 1")
@@ -75,7 +78,8 @@ class Agreement:
         self.mode, self.tag, self.seed = mode, tag, seed
         self.num_samples = num_votes if mode in ("majority", "share") else 1
         self.temperature = None if mode == "greedy" else temperature
-        self.max_completion_length, self.cache_size = max_completion_length, cache_size
+        self.max_completion_length, self.max_prompt_length = max_completion_length, max_prompt_length
+        self.cache_size = cache_size
         self.device, self.dtype = device, dtype
         self._compare = _COMPARE[compare]
         self._compare([], [])  # says at once if an extra is missing
@@ -109,6 +113,7 @@ class Agreement:
                 num=self.num_samples,
                 temperature=self.temperature,
                 max_length=self.max_completion_length,
+                max_prompt_length=self.max_prompt_length,
                 seed=self.seed,
             )
             self._opinions.update((name, self._opinion(own)) for name, own in zip(new, answers, strict=True))
