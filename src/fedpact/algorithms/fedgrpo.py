@@ -55,8 +55,8 @@ class FedGRPO(Algorithm):
     standardise: bool = False
     """Put each expert's ratings of a question on a scale of its own first: for judges that are no 0/1."""
     aggregation: Literal["mean", "median", "trimmed_mean"] = "mean"
-    """How the experts' ratings of a candidate become one; the latter two withstand a liar among three or more. Where fewer
-    have rated, they are the mean."""
+    """How the experts' ratings of a candidate become one; the latter two withstand a liar among three or more, and are
+    the mean of fewer."""
     canaries: NonNegativeInt = 0
     """Auxiliary questions among those of a step, from a fifth of them on which nobody is examined: the server knows the
     answers and keeps a record of the raters."""
