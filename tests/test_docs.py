@@ -77,6 +77,7 @@ def run(site: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_documented_algorithm_and_reward_run_without_touching_the_package(site: Path) -> None:
     assert "turn_by_turn" in run(site, "-m", "fedpact", "algorithms")
     run(site, "-m", "fedpact", "run", "run.toml", "--out", "out")
@@ -87,6 +88,7 @@ def test_the_documented_algorithm_and_reward_run_without_touching_the_package(si
     assert all(0 <= reward <= 1 for reward in rewards) and rewards
 
 
+@pytest.mark.slow
 def test_the_documented_python_runs(site: Path) -> None:
     script = blocks("python")[2].replace("algorithm.beta=0.1", "algorithm.local_steps=1")
     (site / "script.py").write_text(script)

@@ -74,6 +74,7 @@ def test_its_logits_under_peft_are_ours(policy: LoraPolicy) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_few_steps_make_it_say_a_word_more_often(policy: LoraPolicy) -> None:
     policy.load(
         random_adapter(policy, size=0.0)

@@ -41,7 +41,7 @@ def unbroken(run_file: Path, *options: str) -> dict[str, bytes]:
     return results(out)
 
 
-@pytest.mark.parametrize("participation", [1.0, 0.5])
+@pytest.mark.parametrize("participation", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("algorithm", TABLE)
 def test_a_resumed_run_ends_where_an_unbroken_one_does(run_file, algorithm, participation):
     options = [*settings(algorithm, participation), "--set", "rounds=2"]
@@ -75,7 +75,9 @@ def test_a_signal_ends_a_run_in_one_line_and_it_can_be_resumed(run_file, finishe
     assert results(out_of(run_file)) == results(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_stopped_before_it_began_can_be_run_again(run_file, finished, number):
     (run_file.parent / "clients" / "stop").write_text(json.dumps(["", 2, number]))  # in the dry run of the members
     if number == signal.SIGKILL:

@@ -20,6 +20,7 @@ def incompetent(tmp_path_factory):
     return experts.competence(folder, size=48)
 
 
+@pytest.mark.slow
 def test_an_expert_is_right_on_its_operation_and_wrong_on_most_others(competent):
     assert competent["sub"] > 0.95
     others = [share for op, share in competent.items() if op != "sub"]
@@ -30,6 +31,7 @@ def test_an_expert_knows_no_operation_but_its_own_as_well(competent):
     assert max(competent, key=competent.__getitem__) == "sub"
 
 
+@pytest.mark.slow
 def test_a_beginner_is_mostly_wrong_on_its_own_operation(incompetent):
     assert incompetent["sub"] < 0.5
 
