@@ -173,7 +173,7 @@ def test_an_oracle_asks_the_members_whose_task_is_the_domain():
     server.play()
     assert shown(server) == {"ann": ["apple"], "bob": ["bread"]}
     with pytest.raises(ValueError, match="no column 'domain'"):
-        server.algorithm.check_data(questions("apple", "bread"), KNOWN, ["correct"])
+        server.algorithm.check_data(questions("apple", "bread"), KNOWN)
 
 
 def test_random_experts_change_from_step_to_step_and_nobody_is_examined():
@@ -369,12 +369,15 @@ def test_nobody_is_examined_on_what_may_become_a_canary():
 )
 def test_data_that_do_not_suffice_are_refused_before_anybody_is_asked(known, asked, message):
     with pytest.raises(ValueError, match=message):
-        FedGRPO(canaries=1).check_data(asked, known, ["correct"])
+        FedGRPO(canaries=1).check_data(asked, known)
 
 
 def test_canaries_need_a_reward_that_knows_the_truth():
-    with pytest.raises(ValueError, match=r"server.rewards: missing; canaries need"):
-        FedGRPO(canaries=1).check_data(questions("apple"), MANY, [])
+    ignorant = lambda texts, completions: torch.full((2, len(completions)), NAN).tolist()  # noqa: E731
+    server = stage({"ann": knows("a", "b")}, settings={"canaries": 1, "experts": "all"}, known=MANY, truth=ignorant)
+    server.questions = questions("apple")
+    with pytest.raises(DataError, match=r"server.rewards.correct: missing, or of no opinion; canaries need it"):
+        server.play()
 
 
 def test_who_agrees_with_nobody_is_asked_no_more():

@@ -157,7 +157,7 @@ def test_a_round_in_which_nobody_can_be_fitted_fails():
 
 def test_a_router_needs_domains():
     with pytest.raises(ValueError, match=r"server.auxiliary: no column 'domain'"):
-        MoR().check_data(questions("ask"), questions("ask", reference=["1"]), [])
+        MoR().check_data(questions("ask"), questions("ask", reference=["1"]))
 
 
 def test_domains_that_are_nobodys_task_are_refused():

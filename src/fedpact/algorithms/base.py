@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -30,11 +30,8 @@ class Algorithm(BaseModel, ABC):
     def check(self, objectives: Sequence[str]) -> None:
         """Raise ValueError, naming the setting, if these settings do not go with the run's objectives."""
 
-    def check_data(self, prompts: Prompts, auxiliary: Prompts | None, measured: Collection[str]) -> None:
-        """Raise ValueError, naming the table, if the server's data do not suffice: checked before anybody is asked.
-
-        `measured` are the objectives for which the server has rewards, audits included.
-        """
+    def check_data(self, prompts: Prompts, auxiliary: Prompts | None) -> None:
+        """Raise ValueError, naming the table, if the server's data do not suffice: checked before anybody is asked."""
 
     @abstractmethod
     def server(self, adapter: Adapter, server: Server) -> Adapter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -86,7 +86,7 @@ class FedGRPO(Algorithm):
         if self.min_canary is not None and not self.canaries:
             raise ValueError("algorithm.canaries: found 0; min_canary needs at least 1")
 
-    def check_data(self, prompts: Prompts, auxiliary: Prompts | None, measured: Collection[str]) -> None:
+    def check_data(self, prompts: Prompts, auxiliary: Prompts | None) -> None:
         if self.experts == "oracle" and "domain" not in prompts.columns:
             raise ValueError("server.prompts: no column 'domain'; experts = \"oracle\" needs it, use rename")
         if auxiliary is None and (self.experts == "confidence" or self.canaries):
@@ -103,8 +103,6 @@ class FedGRPO(Algorithm):
             if ("id" in prompts.columns) != ("id" in auxiliary.columns):
                 lacking = "auxiliary" if "id" in prompts.columns else "prompts"
                 raise ValueError(f"server.{lacking}: no column 'id', which the others have; it would mark canaries")
-            if not measured:
-                raise ValueError("server.rewards: missing; canaries need the primary objective's, with audit = true")
 
     def server(self, adapter: Adapter, server: Server) -> Adapter:
         if self.experts == "confidence":
@@ -159,9 +157,7 @@ class FedGRPO(Algorithm):
             hits = preferred[:size] & ~preferred[size:]
             server.memory[f"examined/{name}"] = hits.float()
             server.log(**{f"examined/{name}": float(hits.float().mean())})
-        if not any(
-            bool(server.memory[f"examined/{n}"].any()) for n in server.clients if f"examined/{n}" in server.memory
-        ):
+        if not any(bool(hits.any()) for key, hits in server.memory.items() if key.startswith("examined/")):
             raise DataError(
                 "server.auxiliary: no member's judge prefers any reference to a wrong answer; see whether "
                 "server.reference is how a completion states its answer"
@@ -231,6 +227,11 @@ class FedGRPO(Algorithm):
         places = [i for i, canary in enumerate(rollout.prompts.columns.get(CANARY, ())) if canary]
         if places:
             truth = server.audit(rollout.prompts.select(places), [rollout.completions[i] for i in places])
+            if bool(truth[server.primary].isnan().all()):
+                name = server.objectives[server.primary]
+                raise DataError(
+                    f"server.rewards.{name}: missing, or of no opinion; canaries need it, with audit = true"
+                )
             same = (primary[:, places] > 0.5) == (truth[server.primary] > 0.5)
             compared = ~primary[:, places].isnan() & ~truth[server.primary].isnan()
             add_to_record(server.memory, "canary", names, (same & compared).sum(1), compared.sum(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -44,7 +44,7 @@ class MoR(Algorithm):
 
     needs: ClassVar[frozenset[str]] = frozenset({"server", "reference"})
 
-    def check_data(self, prompts: Prompts, auxiliary: Prompts | None, measured: Collection[str]) -> None:
+    def check_data(self, prompts: Prompts, auxiliary: Prompts | None) -> None:
         if auxiliary is None or "domain" not in auxiliary.columns:
             raise ValueError("server.auxiliary: no column 'domain'; the router learns from it, use rename")
 

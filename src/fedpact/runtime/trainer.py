@@ -49,7 +49,7 @@ class Trainer:
     def check(self, algorithm: Algorithm) -> None:
         """Raises DataError if the algorithm needs more than there is."""
         try:
-            algorithm.check_data(self.prompts, self._auxiliary, self.rewards.keys())
+            algorithm.check_data(self.prompts, self._auxiliary)
         except ValueError as error:
             raise DataError(f"{self.where}: {error}") from error
 
