@@ -182,3 +182,32 @@ def test_unnamed_weights_share_what_is_left(weights: tuple[Any, Any], expected: 
 
     objectives = {f"o{i}": ObjectiveSettings(weight=weight) for i, weight in enumerate(weights)}
     assert default_weights(objectives) == pytest.approx(expected)
+
+
+SERVER = "[server]\nprompts = { path = 'q.jsonl' }\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("", ['algorithm={ name = "fedgrpo" }'], "server: missing; algorithm 'fedgrpo' trains at the server"),
+        (SERVER, ['algorithm={ name = "mor" }'], "loss.beta: found 0; algorithm 'mor' needs a KL to the reference"),
+        (SERVER, ['server.reference="x"'], "server.reference: found 'x'; expected a text with {answer} in it"),
+        (SERVER, ['server.rewards.tone={ use = "a:b" }'], "server.rewards.tone: no such objective; there are correct"),
+        (SERVER, ["server.encodr=1"], "server.encodr: unknown key; valid keys: auxiliary, encoder, model, prompts"),
+    ],
+)
+def test_what_the_server_trains_with_is_checked_too(
+    tmp_path: Path, text: str, overrides: list[str], message: str
+) -> None:
+    assert message in error(write(tmp_path / "run.toml", RUN + text), *overrides)
+
+
+def test_a_member_may_have_answers_and_a_second_judge_and_no_prompts(tmp_path: Path) -> None:
+    text = 'name = "a"\n[answers]\npath = "known.jsonl"\nid = "number"\n[rewards.correct]\nuse = "m:f"\n'
+    text += '[rewards.correct.otherwise]\nuse = "m:g"\nkwargs = { model = "x" }\n'
+    config = load_client(write(tmp_path / "a.toml", text))
+    assert config.prompts is None
+    assert config.answers is not None and (config.answers.path, config.answers.id) == ("known.jsonl", "number")
+    second = config.rewards["correct"].otherwise
+    assert second is not None and (second.use, second.kwargs) == ("m:g", {"model": "x"})

@@ -99,7 +99,7 @@ class ServerSettings(Settings):
     @classmethod
     def _has_a_place(cls, value: str) -> str:
         if "{answer}" not in value:
-            raise ValueError(f"reference: found {value!r}; expected a text with {{answer}} in it")
+            raise ValueError(f"found {value!r}; expected a text with {{answer}} in it")
         return value
 
 
