@@ -290,10 +290,11 @@ def test_no_more_requests_are_under_way_than_allowed(endpoint):
     assert most[0] == 2
 
 
+@pytest.mark.slow
 def test_waiting_for_a_place_does_not_count_as_the_endpoint_being_slow(endpoint):
-    server = endpoint(lambda request: time.sleep(0.05) or good_or_bad(request))
-    reward = judge(server, max_concurrency=1, timeout_s=0.3, retries=0)
-    assert rate(reward, *["good"] * 12) == [1.0] * 12
+    server = endpoint(lambda request: time.sleep(0.5) or good_or_bad(request))
+    reward = judge(server, max_concurrency=1, timeout_s=4.0, retries=0)  # the last one waits 4.5 s for its place
+    assert rate(reward, *["good"] * 10) == [1.0] * 10
 
 
 def test_no_completions_are_no_requests(endpoint):
