@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "fedpact"
-BOTTOM = {"types", "messages", "protocols", "errors", "seeding", "settings"}
+BOTTOM = {"types", "messages", "protocols", "errors", "seeding", "settings", "secrets", "screen", "faults"}
 ALLOWED = {
     "core": BOTTOM,
     "policy": BOTTOM | {"core"},
@@ -18,7 +18,7 @@ ALLOWED = {
     "rewards": BOTTOM | {"core", "policy"},
     "tasks": BOTTOM | {"core", "rewards", "files"},
     "runtime": BOTTOM | {"core", "policy", "algorithms", "rewards", "tasks"},
-    "report": {"errors"},
+    "report": {"errors", "screen"},
     "edge": BOTTOM | {"core", "policy", "algorithms", "rewards", "tasks", "runtime"},
     "cli": BOTTOM | {"core", "policy", "algorithms", "rewards", "tasks", "runtime", "report", "edge"},
 }

@@ -26,10 +26,10 @@ from fedpact.messages import (
 from fedpact.runtime.admission import Limits, admit
 from fedpact.runtime.client_config import ClientConfig, SiteSettings
 from fedpact.runtime.codec import decode, encode
-from fedpact.runtime.config import RunConfig, parse_algorithm
+from fedpact.runtime.config import FederationSettings, RunConfig, parse_algorithm
 from fedpact.runtime.contract import contract_hash, contract_of
 from fedpact.runtime.engines import Engines
-from fedpact.runtime.envelope import Answer, Envelope, unwrap, wrap
+from fedpact.runtime.envelope import Answer, Envelope, seal, unwrap, wrap
 from fedpact.runtime.gate import Gate
 from fedpact.runtime.member import Member
 from fedpact.runtime.server import ServerSide
@@ -54,7 +54,9 @@ def reply(**changes: Any) -> Trained:
 
 
 def gate(*, simulation: bool = False, **site: Any) -> Gate:
-    return Gate(SiteSettings(**site), where="north.toml", home=Path("unused"), simulation=simulation)
+    made = Gate(SiteSettings(**site), where="north.toml", home=Path("unused"), simulation=simulation)
+    made.trained_on = 64  # as after accepting a contract
+    return made
 
 
 def canonical(**changes: Any) -> str:
@@ -312,13 +314,28 @@ def test_what_is_within_the_clip_leaves_as_it_is_beside_a_group_that_is_not() ->
         assert sorted(lengths) == pytest.approx([0.05**0.5, 1.0])
 
 
-def test_the_scarcest_held_out_mean_decides_whether_figures_leave() -> None:
-    few = Evaluated(weight=9.0, rewards=torch.zeros(2), counts=torch.tensor([9, 3]), accuracy=0.0)
-    gate(min_samples=3).leave(Evaluate(SENT), few)
-    with pytest.raises(RefusedError, match=r"site\.min_samples: figures rest on 3 completions, expected 4"):
-        gate(min_samples=4).leave(Evaluate(SENT), few)
-    unmeasured = replace(few, counts=torch.tensor([9, 0]))
-    gate(min_samples=4).leave(Evaluate(SENT), unmeasured)
+def test_held_out_means_that_rest_on_too_little_stay() -> None:
+    few = Evaluated(weight=9.0, rewards=torch.tensor([0.5, 0.25]), counts=torch.tensor([9, 3]), accuracy=0.5)
+    whole = gate(min_samples=3).leave(Evaluate(SENT), few)
+    assert isinstance(whole, Evaluated)
+    assert (whole.rewards.tolist(), whole.accuracy) == ([0.5, 0.25], 0.5)
+    left = gate(min_samples=4).leave(Evaluate(SENT), few)
+    assert isinstance(left, Evaluated)
+    assert (left.rewards[0], left.counts.tolist(), left.accuracy) == (0.5, [9, 0], None)
+    assert bool(left.rewards[1].isnan())
+
+
+def test_between_sites_means_rest_on_twenty_completions_unless_the_member_says_otherwise() -> None:
+    for count, kept in ((19, False), (20, True)):
+        found = Evaluated(weight=1.0, rewards=torch.ones(2), counts=torch.tensor([count, count]), accuracy=None)
+        left = gate().leave(Evaluate(SENT), found)
+        assert isinstance(left, Evaluated)
+        assert bool(left.rewards.isfinite().all()) == kept
+    site = gate()
+    site.trained_on = 19
+    left = site.leave(Train(SENT), reply())
+    assert isinstance(left, Trained)
+    assert left.accuracy is None and bool(left.rewards.isnan().all())
 
 
 def test_a_change_that_cannot_be_measured_is_not_let_past_the_clip() -> None:
@@ -378,18 +395,7 @@ def test_a_verb_or_a_contract_that_was_not_chosen_does_not_enter() -> None:
 
 
 def envelope(**changes: Any) -> Envelope:
-    base = Envelope(
-        run="r",
-        contract="c",
-        round=1,
-        exchange=0,
-        attempt=0,
-        since=None,
-        nonce="n",
-        verb="train",
-        request=encode(Train(SENT)),
-    )
-    return replace(base, **changes)
+    return replace(seal(Train(SENT), run="r", contract="c", round=1, exchange=0, nonce="n"), **changes)
 
 
 def test_a_reply_comes_back_as_it_was() -> None:
@@ -485,10 +491,12 @@ def logged(folder: Path, algorithm: str, weights: list[float] | None) -> list[st
         model="hash",
     )
     clients = {"a": Introduced("a", "", ("correct", "brief"), 20, 16, {})}
-    side = ServerSide(one, contract=contract, clients=clients, memory={}, trainer=None, num_members=1)
+    side = ServerSide(
+        one, contract=contract, clients=clients, memory={}, trainer=None, num_members=1, federation=FederationSettings()
+    )
     side.ask(Train(SENT, weights=None if weights is None else torch.tensor(weights, dtype=torch.float64)))
     assert {row["who"] for row in one.metrics} == {"a"}
-    return [f"{row['key']} {row['value']:g}" for row in one.metrics]
+    return [f"{row['key']} {row['value']:g}" for row in one.metrics if not row["key"].startswith("update/")]
 
 
 @pytest.mark.parametrize("algorithm", ["soups", "fsmgda"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fedpact.runtime.measure import pooled
 from fedpact.runtime.spool import Spool
 from fedpact.runtime.transport import Failure
 
-A = "base_model.model.x.lora_A.weight"
+A = "base_model.model.x.weight"
 NAN = float("nan")
 
 
@@ -82,7 +83,7 @@ def test_bad_replies_are_named_and_dropped_and_the_rest_counts(tmp_path: Path) -
         "nan": trained(NAN, accuracy=None, metrics={}),
         "silent": Failure("no reply"),
         "garbage": lambda envelope: b"\x00" * 40,
-        "replay": lambda envelope: wrap(Envelope("r", "c", 2, 0, 0, None, "old", "train", b""), encode(trained(1))),
+        "replay": lambda envelope: wrap(replace(envelope, round=2), encode(trained(1))),
     }
     reasons: dict[str, str] = {}
     one = one_round(ScriptedTransport(answers), tmp_path, dropped=reasons.__setitem__)

@@ -21,7 +21,7 @@ from fedpact.runtime.codec import decode, encode
 from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import contract_hash, contract_of
 from fedpact.runtime.engines import Engines
-from fedpact.runtime.envelope import Answer, Envelope
+from fedpact.runtime.envelope import Answer, Envelope, seal
 from fedpact.runtime.member import Member
 from fedpact.runtime.noise import noisy_ratings
 from fedpact.types import Prompts
@@ -77,18 +77,7 @@ def member(folder: Path, reward: str = "good", *, algorithm: str = "fedgrpo", **
 
 def envelope(request: Request[Any], *, algorithm: str = "fedgrpo", **changes: Any) -> Envelope:
     return replace(
-        Envelope(
-            run="r",
-            contract=contract_hash(contract(algorithm)),
-            round=1,
-            exchange=0,
-            attempt=0,
-            since=None,
-            nonce="n",
-            verb=request.verb,
-            request=encode(request),
-        ),
-        **changes,
+        seal(request, run="r", contract=contract_hash(contract(algorithm)), round=1, exchange=0, nonce="n"), **changes
     )
 
 

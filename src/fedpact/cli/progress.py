@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpact.report.read import RunRecord
+from fedpact.screen import say
 from fedpact.types import ClientId
 
 
@@ -25,11 +26,11 @@ class Progress:
         text = "held out: " + _means(heldout) if heldout else "training: " + _means(training)
         prefix = f"{self.label}  " if self.label else ""
         seconds = time.monotonic() - self.began
-        print(f"{prefix}round {round:>3}/{self.rounds}  {seconds:6.1f} s  {text}", flush=True)
+        say(f"{prefix}round {round:>3}/{self.rounds}  {seconds:6.1f} s  {text}")
 
     def dropped(self, client: ClientId, reason: str) -> None:
         """`runtime.run.Observer`."""
-        print(f"dropped {client}: {reason}", file=sys.stderr, flush=True)
+        say(f"dropped {client}: {reason}", to=sys.stderr)
 
 
 def traffic(record: RunRecord) -> str:

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from fedpact.report.frontier import bootstrap_interval, hypervolume, pareto_front, student_half_width
 from fedpact.report.read import RunRecord
+from fedpact.screen import printable
 
 FEW_SEEDS = 10
 
@@ -151,11 +152,23 @@ def comparison_table(found: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def comparison_markdown(found: Comparison) -> str:
-    """The table as Markdown, and the notes below it."""
+    """The table as Markdown, and the notes below it. Names stay text, in a browser and in a spreadsheet."""
     header, rows = comparison_table(found)
-    lines = [header, ["---"] * len(header), *rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n\n".join([table, *found.notes]) + "\n"
+    lines = [map(_named, header), ["---"] * len(header), *([_named(name), *map(_cell, row)] for name, *row in rows)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n".join([table, *map(_cell, found.notes)]) + "\n"
+
+
+def _cell(text: str) -> str:
+    """`text` within a row: no bar, tag or link of its own, and no line end."""
+    for character, instead in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|"), ("](", "]\\(")):
+        text = text.replace(character, instead)
+    return printable(text)
+
+
+def _named(text: str) -> str:
+    """The same for a name, which a spreadsheet must not take for a formula."""
+    return f"'{_cell(text)}" if text.lstrip().startswith(("=", "+", "-", "@")) else _cell(text)
 
 
 def plus_minus(figure: Figure | None) -> str:

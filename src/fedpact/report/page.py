@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Undefined
 
 from fedpact.errors import StoreError
 from fedpact.report.conflicts import NOISE, SKETCH_RANK, ConflictMap, conflict_map, cosine
@@ -26,6 +26,7 @@ from fedpact.report.read import (
     read_run,
     summary_rows,
 )
+from fedpact.screen import printable
 
 MAX_MEMBERS = 24
 """How many members of a run get a chart of their weights."""
@@ -55,7 +56,9 @@ def render(records: Sequence[RunRecord], *, title: str) -> str:
     """The page as text. Raises ValueError without a record."""
     if not records:
         raise ValueError("a report needs one run at least")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(number=number, size=size, colour=colour, cosine=cosine)
     template = environment.from_string(files("fedpact.report").joinpath("page.html.jinja").read_text("utf-8"))
     names, objectives = method_names(records), all_objectives(records)
@@ -105,6 +108,11 @@ def size(count: int) -> str:
         if count >= factor:
             return f"{number(count / factor)} {unit}"
     return f"{count} B"
+
+
+def _plain(value: Any) -> Any:
+    """What the template writes, before it is escaped: without controls, except for our own charts."""
+    return value if isinstance(value, Undefined) or hasattr(value, "__html__") else printable(str(value))
 
 
 def _lead(records: Sequence[RunRecord]) -> dict[str, Any] | None:

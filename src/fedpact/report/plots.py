@@ -13,6 +13,7 @@ from html import escape
 from itertools import pairwise
 
 from fedpact.report.read import Series, number
+from fedpact.screen import printable
 
 NUM_COLOURS = 6
 
@@ -158,8 +159,8 @@ def svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:
 
 
 def clean(text: str) -> str:
-    """`text` for an attribute or an element: escaped, without the characters that XML cannot hold."""
-    return escape(_NO_XML.sub("\ufffd", text))
+    """`text` for an attribute or an element: escaped, without controls and without what XML cannot hold."""
+    return escape(_NO_XML.sub("\ufffd", printable(text)))
 
 
 def _scale(source: tuple[float, float], target: tuple[float, float]) -> Callable[[float], float]:

@@ -41,7 +41,7 @@ def in_thread(call: Call) -> Any:
 
     thread = threading.Thread(target=run, daemon=True, name="fedpact-reward")
     thread.start()
-    thread.join(call.timeout_s)
+    thread.join(min(call.timeout_s, threading.TIMEOUT_MAX))
     return answers[0] if answers else NoAnswerError()
 
 
@@ -62,7 +62,7 @@ def together(calls: Mapping[str, Call]) -> dict[str, Any]:
 
     future = asyncio.run_coroutine_threadsafe(gather(), _event_loop(os.getpid()))
     try:
-        future.result(max(call.timeout_s for call in calls.values()) + 1.0)
+        future.result(min(max(call.timeout_s for call in calls.values()) + 1.0, threading.TIMEOUT_MAX))
     except TimeoutError:
         _event_loop.cache_clear()  # something in it blocks; the next call gets a fresh one
     return {name: answers.get(name, NoAnswerError()) for name in calls}

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 from fedpact.errors import FedPactError, RewardError
 from fedpact.rewards.calling import Call, NoAnswerError, in_thread, together
 from fedpact.rewards.modules import module_of_file, public_names
+from fedpact.secrets import masked
 from fedpact.types import Prompts
 
 _GIVEN = ("prompts", "completions")
@@ -133,11 +135,11 @@ def load_reward(
 
 def _module(name: str, where: str, folder: Path) -> ModuleType:
     path = folder / name
-    if name.endswith(".py") and not path.is_file():
+    if name.endswith(".py") and not os.path.isfile(path):  # noqa: PTH113  Path.is_file raises for a name too long
         raise RewardError(f"{where}.use: no file {path}; expected a path relative to the member's file")
     try:
         return module_of_file(path) if name.endswith(".py") else importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lacking = isinstance(error, ModuleNotFoundError) and error.name is not None and name.startswith(error.name)
         remedy = "install the package, or write 'file.py:name' for a file of your own" if lacking else "mend it"
         raise RewardError(f"{where}.use: cannot import {name}: {_described(error)}; {remedy}") from error
@@ -168,8 +170,8 @@ def _bound(
             target(**{**given, **kwargs}) if is_class else functools.partial(target, **kwargs) if kwargs else target
         )
     except FedPactError as error:
-        raise RewardError(f"{where}.kwargs: {use}: {error}") from error
-    except Exception as error:
+        raise RewardError(f"{where}.kwargs: {use}: {masked(str(error))}") from error
+    except (Exception, SystemExit) as error:
         raise RewardError(f"{where}.kwargs: {use} could not be created: {_described(error)}") from error
     if not callable(function):
         raise RewardError(f"{where}.use: {use} is a class without __call__; expected a function or callable object")
@@ -196,9 +198,9 @@ def _values(reward: LoadedReward, answer: Any, count: int) -> list[float]:
         remedy = "look for a call that blocks the event loop" if reward.is_async else "make it faster"
         raise RewardError(f"{at}: no answer after {reward.timeout_s:g} s (timeout_s); raise timeout_s, or {remedy}")
     if isinstance(answer, RewardError) and str(answer).startswith(reward.where):
-        raise answer
+        raise RewardError(masked(str(answer))) from answer
     if isinstance(answer, BaseException):
-        raised = answer if isinstance(answer, FedPactError) else f"raised {_described(answer)}"
+        raised = masked(str(answer)) if isinstance(answer, FedPactError) else f"raised {_described(answer)}"
         raise RewardError(f"{at}: {raised}") from answer
     values = answer.tolist() if hasattr(answer, "tolist") else answer
     if not isinstance(values, list | tuple):
@@ -212,10 +214,10 @@ def _number(at: str, row: int, value: Any) -> float:
     value = value.item() if hasattr(value, "item") else value
     if not isinstance(value, int | float) or not abs(value) <= torch.finfo(torch.float32).max:
         remedy = "return a finite number, or None where it does not apply"
-        raise RewardError(f"{at} returned {value!r:.60} for completion {row}; {remedy}")
+        raise RewardError(f"{at} returned {masked(repr(value)):.60} for completion {row}; {remedy}")
     return float(value)
 
 
 def _described(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = masked(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

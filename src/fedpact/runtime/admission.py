@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ from fedpact.messages import (
 )
 
 MAX_METRICS = 256
+_SLACK = 2**16
+"""Bytes that a reply may have beside its tensors: names, figures, the header."""
 _LARGEST_GRADIENT = 1e9
 """Numbers beyond this are no gradients; products of two of them still fit into float32."""
 
@@ -40,8 +43,25 @@ class Limits:
     """What a reply of this run must look like."""
 
     num_objectives: int
+    objectives: frozenset[str] | None = None
+    """Their names; None where nobody introduces himself."""
     max_weight: float = 1e9
     max_reward: float = 1e6
+
+
+def max_bytes(request: Request[Any], limits: Limits) -> int:
+    """What an answer to `request` may weigh, decided before it is decoded: a tenth above the tensors expected."""
+    m, numbers = limits.num_objectives, 0
+    if isinstance(request, (Train, Differentiate)):
+        numbers = sum(tensor.numel() for tensor in request.adapter.values())
+    if isinstance(request, Differentiate):
+        rows, columns = near_square(m, numbers)
+        numbers = (rows + columns if request.compression == "svd" else m) * request.rank + m * m
+    if isinstance(request, Score):
+        numbers = m * len(request.completions)
+    if isinstance(request, Examine):
+        numbers = len(request.prompts)
+    return _SLACK + int(4.4 * numbers) + 256 * MAX_METRICS
 
 
 def admit(reply: Reply, limits: Limits, request: Request[Any]) -> None:
@@ -63,10 +83,14 @@ def admit(reply: Reply, limits: Limits, request: Request[Any]) -> None:
         raise InadmissibleError(f"weight: found {reply.weight}, expected a number in (0, {limits.max_weight:g}]")
     if isinstance(reply, (Trained, Evaluated)):
         _check("rewards", reply.rewards, (limits.num_objectives,), torch.float32, nan=True)
-        if reply.accuracy is not None and not math.isfinite(reply.accuracy):
-            raise InadmissibleError(f"accuracy: found {reply.accuracy}, expected a finite number")
+        _between("rewards", reply.rewards, -limits.max_reward, limits.max_reward)
+        if reply.accuracy is not None and not abs(reply.accuracy) <= limits.max_reward:
+            raise InadmissibleError(
+                f"accuracy: found {reply.accuracy}, expected a number of at most {limits.max_reward:g}"
+            )
     if isinstance(reply, Evaluated):
         _check("counts", reply.counts, (limits.num_objectives,), torch.int64)
+        _between("counts", reply.counts, 0, 10**9)
     if isinstance(reply, Trained) and isinstance(request, Train):
         sent = request.adapter
         if reply.adapter.keys() != sent.keys():
@@ -83,10 +107,32 @@ def admit(reply: Reply, limits: Limits, request: Request[Any]) -> None:
         odd = [name for name in reply.metrics if name == "accuracy" or name.startswith("reward/")]
         if odd or len(reply.metrics) > MAX_METRICS:
             raise InadmissibleError(f"metrics: {len(reply.metrics)} figures, {odd[:1]} among them stand for others")
-    if isinstance(reply, Introduced) and reply.rank < 1:
+        _check_names("metrics", reply.metrics)
+    if isinstance(reply, Introduced):
+        _check_introduction(reply, limits)
+
+
+def _check_introduction(reply: Introduced, limits: Limits) -> None:
+    _check_names("name", [reply.name])
+    _check_names("task", [reply.task])
+    _check_names("objectives", reply.objectives)
+    _check_names("versions", [text for pair in reply.versions.items() for text in pair])
+    if reply.rank < 1:
         raise InadmissibleError(f"rank: found {reply.rank}, expected 1 or more")
-    if isinstance(reply, Introduced) and len(set(reply.objectives)) != len(reply.objectives):
+    if not 0 <= reply.num_prompts <= 10**12:
+        raise InadmissibleError(f"num_prompts: found {reply.num_prompts}, expected a count")
+    if len(set(reply.objectives)) != len(reply.objectives):
         raise InadmissibleError(f"objectives: found {reply.objectives}, expected each once")
+    strangers = sorted(set(reply.objectives) - limits.objectives) if limits.objectives is not None else []
+    if strangers:
+        raise InadmissibleError(f"objectives: found {strangers[0]!r}, which this run does not have")
+
+
+def _check_names(what: str, names: Collection[str]) -> None:
+    """Text that will be printed, and stand in files: short, and without control characters."""
+    odd = next((name for name in names if len(name) > 100 or not name.isprintable()), None)
+    if odd is not None or len(names) > MAX_METRICS:
+        raise InadmissibleError(f"{what}: {len(names)} names, {ascii(odd)[:60]} among them; expected short plain text")
 
 
 def _check_gradients(reply: Differentiated, request: Differentiate, limits: Limits) -> None:

@@ -90,10 +90,19 @@ class SiteSettings(Settings):
     share: tuple[Literal["rewards", "accuracy", "metrics", "gradients"], ...] | None = None
     """What may leave beside the adapter; "gradients" are the compressed ones that fedcmoo and the conflict map ask for.
     None: rewards and accuracy; everything in a simulation."""
-    min_samples: PositiveInt = 1
-    """Refuse to report held-out means that rest on fewer completions."""
+    metrics: tuple[str, ...] = ("*",)
+    """Names of the figures that "metrics" shares, with * and ?."""
+    min_samples: PositiveInt | None = None
+    """Report no means that rest on fewer completions. None: 20; 1 in a simulation."""
     clip_norm: PositiveFloat | None = None
     """Shorten a larger change of the adapter to this norm."""
+    noise_multiplier: PositiveFloat | None = None
+    """Add Gaussian noise of this many times `clip_norm` to every number of the adapter's change. Then nothing else
+    leaves by default: what `share` names is not covered by epsilon."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """At which epsilon is counted."""
+    epsilon: PositiveFloat | None = None
+    """Stop training before what has left exceeds this, over all runs of this folder. None: it is only counted."""
     max_weight: PositiveFloat | None = None
     """Cap of what this member counts in an average."""
     max_local_steps: PositiveInt | None = None
@@ -103,9 +112,19 @@ class SiteSettings(Settings):
     max_rounds: PositiveInt | None = None
     max_candidates: PositiveInt = 4096
     """Completions to judge in one request."""
+    max_text_length: PositiveInt = 100_000
+    """Characters of a question or an answer to judge."""
     epsilon_per_prompt: PositiveFloat | None = None
     """Randomised response on 0/1 rewards: each request spends this on each question, evenly over its candidates; being
     asked about a question again adds up. None: exact rewards leave."""
+
+    @model_validator(mode="after")
+    def _noise_needs_a_norm(self) -> SiteSettings:
+        if self.noise_multiplier is not None and self.clip_norm is None:
+            raise ValueError("site.noise_multiplier: found without site.clip_norm, whose multiple it is; set both")
+        if self.epsilon is not None and self.noise_multiplier is None:
+            raise ValueError("site.epsilon: found without site.noise_multiplier, whose spending it limits; set both")
+        return self
 
 
 class ClientConfig(Settings):

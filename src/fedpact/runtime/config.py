@@ -66,6 +66,18 @@ class FederationSettings(Settings):
     averaging: Literal["factors", "products"] = "factors"
     """"factors" averages A and B by themselves, which is not the mean of BA; "products" (FlexLoRA) averages BA and cuts
     it to the run's rank, and lets members have smaller ranks."""
+    aggregation: Literal["mean", "geometric_median", "trimmed_mean"] = "mean"
+    """How members' adapters become one, after admission, cap and clip. "geometric_median" (RFA) outvotes any minority
+    of the weight; "trimmed_mean" drops the extremes of every coordinate and knows no weights."""
+    trim: float = Field(default=0.2, gt=0, lt=0.5)
+    """For "trimmed_mean": the share of members dropped at each end."""
+    max_share: float = Field(default=2.0, ge=1)
+    """No member counts for more than this many times 1/n in a mean of n replies. A large number: no cap."""
+    clip_factor: PositiveFloat = 2.0
+    """A member's change of the adapter is shortened to this many times the median norm of those accepted lately. A
+    large number: no clip."""
+    clip_norm: PositiveFloat | None = None
+    """And to this norm at the most."""
     trust: Literal["robust"] = "robust"
     """"robust": the server sees single replies. Secret sums are not in this version."""
 
@@ -81,6 +93,9 @@ class EvaluationSettings(Settings):
     """Sampled completions per prompt."""
     greedy: bool = False
     """Also measure the likeliest completion."""
+    rollback: PositiveFloat | None = None
+    """Return to the adapter of the evaluation before if the primary objective's held-out mean (without one, that of all
+    objectives by their weights) has fallen by more than this. None: never."""
     conflicts: bool = True
     """At the start, middle and end also measure how the gradients of all members' objectives agree, from sketches, for
     the report's conflict map. A member takes part if its `site.share` has "gradients"."""

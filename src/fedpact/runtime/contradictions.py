@@ -42,6 +42,13 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     products, trainable = config.federation.averaging == "products", config.training.trainable
     if products and needs & {"server", "factors"}:
         yield f'federation.averaging: found "products"; algorithm {algorithm!r} cannot average so: use "factors"'
+    if products and config.federation.aggregation != "mean":
+        kind = config.federation.aggregation
+        yield f'federation.aggregation: found "{kind}" with federation.averaging = "products": use "mean"'
+    if config.federation.aggregation != "mean" and "server" in needs:
+        yield f"federation.aggregation: found with algorithm {algorithm!r}, whose members do not train; remove it"
+    if config.evaluation.rollback is not None and config.server_optimizer.name != "none":
+        yield "evaluation.rollback: found with server_optimizer, whose momentum knows no way back; remove it"
     if products and trainable != "all":
         yield f'training.trainable: found "{trainable}", whose mean is exact: use federation.averaging = "factors"'
     if config.server_optimizer.name != "none" and (products or needs & {"server", "step"}):

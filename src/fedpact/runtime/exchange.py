@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, TypeVar, cast
@@ -14,10 +13,11 @@ from torch import Tensor
 from fedpact.core.aggregate import AdapterMean, WeightedMean
 from fedpact.errors import InadmissibleError, TooFewRepliesError
 from fedpact.messages import Averaged, Reply, Request
-from fedpact.runtime.adapters import Factor, at_rank, completed, for_rank
-from fedpact.runtime.admission import Limits, admit
+from fedpact.runtime.adapters import Factor, as_taken, at_rank, completed, for_rank
+from fedpact.runtime.admission import Limits, admit, max_bytes
+from fedpact.runtime.bounds import Bound, Norms, Rules, bounds_of
 from fedpact.runtime.codec import decode, encode
-from fedpact.runtime.envelope import Envelope, Version, unwrap
+from fedpact.runtime.envelope import Envelope, Version, opened, seal
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.spool import Spool
 from fedpact.runtime.transport import Failure, Transport
@@ -32,11 +32,14 @@ class Replies(Mapping[ClientId, R], Generic[R]):
 
     def __init__(self, spool: Spool, kind: type[R], roster: Iterable[ClientId]) -> None:
         self._spool, self._kind, self._roster = spool, kind, sorted(roster)
+        self.bounds: Mapping[ClientId, Bound] = {}
+        """How much of each one counts."""
 
     def __getitem__(self, client: ClientId) -> R:
         if client not in self._roster:
             raise KeyError(client)
-        return decode(self._kind, self._spool.get(client))
+        reply = decode(self._kind, self._spool.get(client))
+        return cast("R", self.bounds[client].apply(reply)) if client in self.bounds else reply
 
     def __iter__(self) -> Iterator[ClientId]:
         return iter(self._roster)
@@ -68,8 +71,13 @@ class Round:
     """Of members that train less than the run's."""
     factor: Factor = "all"
     """What members train of the adapter in this round."""
+    rules: Rules = field(default_factory=Rules)
+    norms: Norms = field(default_factory=dict)
+    """Of accepted changes of the adapter, of committed rounds; grows."""
     exchanges: int = 0
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    record: list[dict[str, Any]] = field(default_factory=list)
+    """Of each exchange: whose replies counted, and why the others' did not."""
 
     def ask(self, requests: Mapping[ClientId, Request[R]], *, min_replies: int | None = None) -> Replies[R]:
         """One exchange. Raises TooFewRepliesError below `min_replies`, by default the run's.
@@ -86,8 +94,19 @@ class Round:
             roster = self._collect(number, spool, requests, needed)
         for client in roster:
             self.since[client] = (self.number, number)
-        kind = cast("type[R]", next(iter(requests.values())).reply)
-        return Replies(spool, kind, roster)
+        first = next(iter(requests.values()))
+        self.record.append({"verb": first.verb, "roster": roster, "failures": spool.failures()})
+        replies: Replies[R] = Replies(spool, cast("type[R]", first.reply), roster)
+        again = sum(one["verb"] == first.verb for one in self.record)
+        replies.bounds = bounds_of(
+            replies,
+            {client: as_taken(requests[client], self.smaller_ranks.get(client), self.r) for client in roster},
+            self.rules,
+            self.norms,
+            exchange=number,
+            log=lambda who, figures: self.log(who, figures if again == 1 else _numbered(figures, again)),
+        )
+        return replies
 
     def log(self, who: str, metrics: Mapping[str, float]) -> None:
         """Add figures to this round's metrics; one that is not finite is left out."""
@@ -109,22 +128,26 @@ class Round:
             self._note(envelope, client, decision="asked", bytes_out=len(sent[client]))
         failures: dict[ClientId, Failure] = {}
         for client, answer in self.transport.exchange(sent, timeout_s=self.timeout_s):
+            if client not in envelopes or client in failures or client in spool.received():
+                reason = "duplicate" if client in envelopes else "nobody asked"
+                self._note(next(iter(envelopes.values())), client, decision="refused", reason=reason)
+                continue
             envelope = envelopes[client]
             if isinstance(answer, Failure):
                 failures[client] = answer
                 self._note(envelope, client, decision="failed")
                 continue
             try:
-                reply = completed(unwrap(envelope, answer), asked[client], self.factor)
-                admit(reply, self.limits, asked[client])
+                reply, head = self._admitted(envelope, answer, asked[client])
             except InadmissibleError as error:
                 failures[client] = Failure(str(error))
-                self._note(envelope, client, decision="refused", bytes_in=len(answer))
+                what = str(error).partition(":")[0]
+                self._note(envelope, client, decision="refused", bytes_in=len(answer), reason=what)
                 continue
             data = encode(at_rank(reply, self.r) if client in self.smaller_ranks else reply)
             spool.put(client, data)
             digest = hashlib.sha256(data).hexdigest()
-            self._note(envelope, client, decision="admitted", bytes_in=len(answer), reply=digest)
+            self._note(envelope, client, decision="admitted", bytes_in=len(answer), reply=digest, peer_head=head)
         for client, failure in failures.items():
             self.dropped(client, failure.reason)
         roster = [client for client in spool.received() if client in requests]
@@ -137,17 +160,26 @@ class Round:
         spool.close(roster, {client: failure.reason for client, failure in failures.items()})
         return sorted(roster)
 
+    def _admitted(self, envelope: Envelope, answer: bytes, request: Request[Any]) -> tuple[Reply, str]:
+        """The reply in `answer`, whole, and the head of its member's ledger. Raises InadmissibleError."""
+        reply, head = opened(envelope, answer, max_bytes=max_bytes(request, self.limits))
+        try:
+            reply = completed(reply, request, self.factor)
+            admit(reply, self.limits, request)
+        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+            raise InadmissibleError(f"reply: cannot be checked ({type(error).__name__})") from error
+        return reply, head
+
     def _envelope(self, client: ClientId, number: int, attempt: int, request: Request[Any]) -> Envelope:
-        return Envelope(
+        return seal(
+            request,
             run=self.run,
             contract=self.contract,
             round=self.number,
             exchange=number,
             attempt=attempt,
             since=self.since.get(client),
-            nonce=secrets.token_hex(16),
-            verb=request.verb,
-            request=encode(request),
+            head=self.ledger.head,
         )
 
     def _note(self, envelope: Envelope, client: ClientId, **what: Any) -> None:
@@ -162,6 +194,11 @@ class Round:
             request=envelope.digest(),
             **what,
         )
+
+
+def _numbered(figures: Mapping[str, float], again: int) -> dict[str, float]:
+    """The figures of the second, third... exchange of a kind in one round, under names of their own."""
+    return {key.replace("/", f"/{again}/", 1): value for key, value in figures.items()}
 
 
 def mean_reply(replies: Iterable[A]) -> A:

@@ -23,6 +23,7 @@ from safetensors.torch import save as _save_tensors
 from torch import Tensor
 
 from fedpact.errors import StoreError
+from fedpact.faults import fault_point
 
 MANIFEST = "MANIFEST"
 """The last file written into a folder: `sha256sum -c MANIFEST` checks the others."""
@@ -56,6 +57,7 @@ def atomic_write(path: Path, data: bytes, *, then: str = "start again") -> None:
         try:
             write_durably(temporary, data)
             temporary.replace(path)
+            fault_point("files.renamed")
         except OSError:
             _remove_quietly(temporary)
             raise
@@ -72,16 +74,21 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, then: str = "start a
     manifest = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(files.items()))
     with storing(path, then=then):
         try:
+            fault_point("folder.begin")
             for leftover in (temporary, aside):
                 if leftover.exists():
                     shutil.rmtree(leftover)
             make_private(temporary)
+            fault_point("folder.made")
             for name, data in {**files, MANIFEST: manifest.encode()}.items():
                 write_durably(temporary / name, data)
             sync_folder(temporary)
+            fault_point("folder.written")
             if path.exists():
                 path.rename(aside)
+                fault_point("folder.aside")
             temporary.rename(path)
+            fault_point("folder.renamed")
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             recover_folder(path)
@@ -119,20 +126,26 @@ def read_folder(path: Path, *, remedy: str) -> dict[str, bytes]:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Writes and fsyncs a file that only its owner can read. Raises OSError."""
+    fault_point("files.open")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
+        fault_point("files.written")
         os.fsync(descriptor)
+    fault_point("files.synced")
 
 
 def append_durably(path: Path, data: bytes) -> None:
     """Adds `data` at the end of a file that only its owner can read, and fsyncs it. Raises OSError."""
+    fault_point("append.open")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "ab", buffering=0) as file:
         while data:
             data = data[file.write(data) :]
+        fault_point("append.written")
         os.fsync(descriptor)
+    fault_point("append.synced")
 
 
 def make_private(folder: Path) -> None:

@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedpact.errors import StoreError
+from fedpact.runtime.envelope import START
 from fedpact.runtime.files import append_durably, json_line, make_private, storing, sync_folder
 
-_WHERE = {"time", "run", "round", "exchange", "attempt", "peer", "verb", "contract"}
+_WHERE = {"time", "run", "round", "exchange", "attempt", "peer", "verb", "contract", "peer_head"}
 _WHAT = {"request", "reply", "bytes_in", "bytes_out", "fields", "counts", "decision", "reason"}
 FIELDS = frozenset(_WHERE | _WHAT)
 """All that a line may say."""
-
-START = "0" * 64
-"""The head of an empty ledger."""
 
 _MAX_TEXT = 200
 _PATH = re.compile(r"\S*[/\\]\S*")

@@ -9,7 +9,9 @@ import torch
 
 from fedpact.core.compress import sketched_cosines
 from fedpact.messages import Differentiate, Evaluate, Evaluated, Introduced
+from fedpact.runtime.bounds import capped
 from fedpact.runtime.config import RunConfig
+from fedpact.runtime.contract import default_weights
 from fedpact.runtime.exchange import Round, mean_reply
 from fedpact.runtime.trainer import Trainer
 from fedpact.seeding import key, permutation
@@ -23,26 +25,48 @@ MAPPED = 16
 
 def evaluate(
     one: Round, config: RunConfig, adapter: Adapter, clients: Mapping[ClientId, Introduced], trainer: Trainer | None
-) -> None:
-    """Held-out results: the server's where it has held-out prompts, and the members' where those train."""
+) -> float:
+    """Held-out results: the server's where it has held-out prompts, and the members' where those train.
+
+    Returns the score that `evaluation.rollback` goes by, of sampled completions: the server's own if it has one.
+    """
+    score = float("nan")
     for greedy in (False, True) if config.evaluation.greedy else (False,):
         prefix = "heldout_greedy" if greedy else "heldout"
         if trainer is not None:
             found = trainer.evaluate(Evaluate(adapter, greedy), round=one.number)
             one.log("server", figures(config, prefix, found))
+            score = score if greedy else _score(config, found)
             if "server" in config.algorithm.needs:
                 one.log("all", figures(config, prefix, found))
                 continue
-        _ask(one, config, clients, Evaluate(adapter, greedy), prefix)
+        pool = _ask(one, config, clients, Evaluate(adapter, greedy), prefix)
+        score = _score(config, pool) if score != score and not greedy else score
         if config.policy.private is not None:
             _ask(one, config, clients, Evaluate(adapter, greedy, personal=True), prefix.replace("out", "out_personal"))
+    return score
 
 
-def _ask(one: Round, config: RunConfig, clients: Mapping[ClientId, Introduced], request: Evaluate, prefix: str) -> None:
+def _score(config: RunConfig, found: Evaluated) -> float:
+    """The primary objective's mean; without one, that of the objectives measured, by their weights."""
+    primary = next((m for m, objective in enumerate(config.objectives.values()) if objective.primary), None)
+    rewards = found.rewards.double()
+    if primary is not None:
+        return float(rewards[primary])
+    weights = torch.tensor(default_weights(config.objectives), dtype=torch.float64) * ~rewards.isnan()
+    return float((rewards.nan_to_num() * weights).sum() / weights.sum())
+
+
+def _ask(
+    one: Round, config: RunConfig, clients: Mapping[ClientId, Introduced], request: Evaluate, prefix: str
+) -> Evaluated:
+    """The pooled reply; single ones and it are logged."""
     replies = one.ask(dict.fromkeys(clients, request))
     for client, reply in replies.items():
         one.log(client, figures(config, prefix, reply))
-    one.log("all", figures(config, prefix, pooled(replies.values())))
+    pool = pooled(replies.values(), max_share=one.rules.max_share)
+    one.log("all", figures(config, prefix, pool))
+    return pool
 
 
 def figures(config: RunConfig, prefix: str, reply: Evaluated) -> dict[str, float]:
@@ -51,13 +75,20 @@ def figures(config: RunConfig, prefix: str, reply: Evaluated) -> dict[str, float
     return found if reply.accuracy is None else {**found, f"{prefix}/accuracy": reply.accuracy}
 
 
-def pooled(replies: Iterable[Evaluated]) -> Evaluated:
-    """Held-out means over all members' completions: each objective weighs a member by what it was measured on."""
+def pooled(replies: Iterable[Evaluated], *, max_share: float = 2.0) -> Evaluated:
+    """Held-out means over all members' completions: each objective weighs a member by what it was measured on.
+
+    No member counts for more than `max_share` / n of it.
+    """
     found = list(replies)
     mean = mean_reply(found)
     counts = torch.stack([reply.counts for reply in found]).double()  # [k, m]
     rewards = torch.stack([reply.rewards for reply in found]).double()
     counts = counts * ~rewards.isnan()
+    for column in counts.T:
+        named = {str(k): float(count) for k, count in enumerate(column) if count > 0}
+        for k, count in capped(named, max_share).items():
+            column[int(k)] = count
     return replace(mean, rewards=((rewards.nan_to_num() * counts).sum(0) / counts.sum(0)).float())
 
 

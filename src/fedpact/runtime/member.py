@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +24,16 @@ from fedpact.runtime.client_config import ClientConfig
 from fedpact.runtime.codec import decode, encode
 from fedpact.runtime.config import parse_algorithm
 from fedpact.runtime.contract import Contract, contract_hash
+from fedpact.runtime.disclosure import withheld
 from fedpact.runtime.engines import Engines
-from fedpact.runtime.envelope import Envelope, wrap
-from fedpact.runtime.gate import Gate, withheld
+from fedpact.runtime.envelope import Envelope, is_head, wrap
+from fedpact.runtime.files import append_durably
+from fedpact.runtime.gate import Gate
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.memory import MemberStore
 from fedpact.runtime.prompts import prompts_at, split_prompts
 from fedpact.runtime.trainer import loaded
+from fedpact.secrets import masked
 from fedpact.seeding import key
 from fedpact.types import NO_PROMPTS, Adapter, Memory, Prompts
 
@@ -48,7 +52,7 @@ class Member:
         model: Path | None = None,
         simulation: bool = False,
     ) -> None:
-        self.config, self.where, self.engines = config, where, engines
+        self.config, self.where, self.engines, self.home = config, where, engines, home
         self.gate = Gate(config.site, where=where, home=home, simulation=simulation)
         own = config.model.path
         self.model = resolve(own, where=f"{where}: model.path", folder=folder) if own else model
@@ -77,25 +81,36 @@ class Member:
         digest = envelope.digest()
         try:
             self.gate.enter(envelope.verb, envelope.contract, self.accepted)
-            reply = self._reply(envelope, digest)
+            request = envelope.open()
+            reply = self._reply(envelope, request, digest)
         except FedPactError as error:
             self._note(envelope, digest, data, decision="refused", reason=type(error).__name__)
             raise
-        sha256 = hashlib.sha256(reply).hexdigest()
-        self._note(envelope, digest, data, decision="sent", reply=sha256, bytes_out=len(reply))
-        return wrap(envelope, reply)
+        except Exception as error:  # of an algorithm or of ours: this member fails, and the run goes on
+            self._note(envelope, digest, data, decision="failed", reason=type(error).__name__)
+            append_durably(self.home / "errors.log", masked(traceback.format_exc()).encode())
+            raise FedPactError(
+                f"{self.where}: internal error ({type(error).__name__}); the traceback is in this member's errors.log"
+            ) from error
+        what: dict[str, Any] = {"reply": hashlib.sha256(reply).hexdigest(), "bytes_out": len(reply)}
+        if spent := self.gate.spent(request):
+            what["counts"] = spent
+        self._note(envelope, digest, data, decision="sent", **what)  # first the line, then the reply
+        return wrap(envelope, reply, head=self.ledger.head)
 
-    def _reply(self, envelope: Envelope, digest: str) -> bytes:
-        request = envelope.open()
+    def _reply(self, envelope: Envelope, request: Request[Any], digest: str) -> bytes:
         if isinstance(request, Hello):
             return encode(self.gate.leave(request, self.hello(request)))
-        if self.contract is not None and envelope.round > self.contract.rounds:
+        if self.contract is not None and not 0 <= envelope.round <= self.contract.rounds:
             raise RefusedError(
                 f"{self.where}: a request of round {envelope.round}; the accepted contract has {self.contract.rounds}"
             )
         self.gate.open(request, None if self.contract is None else self._algorithm())
         # asked again: the same bytes, and nothing is computed or spent twice
-        return self.store.cached(digest) or self._answer(envelope, request, digest)
+        cached = self.store.cached(digest)
+        if cached is None:
+            self.gate.afford(request, self.ledger.path)
+        return cached or self._answer(envelope, request, digest)
 
     def _note(self, envelope: Envelope, digest: str, data: bytes, **what: Any) -> None:
         self.ledger.append(
@@ -108,6 +123,7 @@ class Member:
             contract=envelope.contract,
             request=digest,
             bytes_in=len(data),
+            peer_head=envelope.head if is_head(envelope.head) else None,
             **what,
         )
 
@@ -203,7 +219,9 @@ class Member:
         if isinstance(reply, Trained):
             client.memory.update(private_part(reply.adapter))
         assert self.contract is not None
-        data = encode(self.gate.leave(request, reply, factor=self.contract.training.factor(envelope.round)))
+        factor = self.contract.training.factor(envelope.round)
+        question = (envelope.run, envelope.round, envelope.exchange, digest)
+        data = encode(self.gate.leave(request, reply, factor=factor, what=question))
         self.store.save((envelope.round, envelope.exchange), client.memory, digest, data)
         if envelope.since is not None:
             self.store.prune(envelope.since)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from fedpact.errors import StoreError
+from fedpact.faults import fault_point
 from fedpact.runtime.files import atomic_write, make_private, storing, tensor_bytes, tensors_in
 from fedpact.types import Memory
 
@@ -43,10 +44,13 @@ class MemberStore:
         After a crash in between, the memory is there and the reply is not: the request is then worked out again, from
         its own `since`, and writes the same version.
         """
+        fault_point("memory.save")
         with storing(self.folder):
             make_private(self.folder)
         atomic_write(self._path(version), tensor_bytes(memory))
+        fault_point("memory.saved")
         atomic_write(self._reply, request_digest.encode() + b"\n" + reply)
+        fault_point("memory.replied")
 
     def cached(self, request_digest: str) -> bytes | None:
         """The last reply, if it answered this request; None otherwise."""

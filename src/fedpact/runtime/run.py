@@ -12,12 +12,13 @@ from fedpact.core.server_optimizer import server_step
 from fedpact.errors import ConfigError, InadmissibleError, StoreError, TooFewRepliesError
 from fedpact.messages import Hello, Introduced
 from fedpact.runtime.adapters import refuse_rank
-from fedpact.runtime.admission import Limits, admit
+from fedpact.runtime.admission import Limits, admit, max_bytes
+from fedpact.runtime.bounds import Norms, Rules, capped_prompts
 from fedpact.runtime.codec import encode
 from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import Contract, contract_hash, contract_of
 from fedpact.runtime.engines import Skeleton
-from fedpact.runtime.envelope import Envelope, Version, unwrap
+from fedpact.runtime.envelope import Envelope, Version, opened, seal
 from fedpact.runtime.exchange import Round
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.measure import conflicts, evaluate, maps_conflicts
@@ -59,45 +60,41 @@ class Run:
         self.canonical = self.contract.canonical()
         self.hash = contract_hash(self.canonical)
         self.name = folder.path.resolve().name
-        self.limits = Limits(len(config.objectives))
+        self.limits = Limits(len(config.objectives), frozenset(config.objectives))
+        federation = config.federation
+        self.rules = Rules(federation.max_share, federation.clip_factor, federation.clip_norm)
         self.ledger = Ledger(folder.path / "ledger.jsonl")
         self.since: dict[ClientId, Version] = {}
+        self.norms: Norms = {}
+        self.passed: tuple[int, float] | None = None
+        """The last round whose evaluation was good enough, and its score."""
 
     def introduce(self) -> dict[ClientId, Introduced]:
         """Say hello to everybody; who refuses the contract is dropped. Raises TooFewRepliesError or ConfigError."""
-        envelopes = {
-            client: Envelope(
-                run=self.name,
-                contract=self.hash,
-                round=0,
-                exchange=0,
-                attempt=0,
-                since=None,
-                nonce=f"hello {client}",
-                verb=Hello.verb,
-                request=encode(Hello(self.canonical)),
-            )
-            for client in self.transport.clients()
-        }
+        hello = Hello(self.canonical)
+        where = {"run": self.name, "contract": self.hash, "round": 0, "exchange": 0, "head": self.ledger.head}
+        envelopes = {client: seal(hello, **where, nonce=f"hello {client}") for client in self.transport.clients()}
         sent = {client: encode(envelope) for client, envelope in envelopes.items()}
         for client, envelope in envelopes.items():
             self._note(envelope, client, "asked", bytes_out=len(sent[client]))
         introduced: dict[ClientId, Introduced] = {}
         for client, answer in self.transport.exchange(sent, timeout_s=self.config.federation.timeout_s):
+            if client not in envelopes or client in introduced:
+                continue  # nobody asked, or it has answered
             if isinstance(answer, Failure):
                 self._note(envelopes[client], client, "failed")
                 self.observer.dropped(client, answer.reason)
                 continue
             try:
-                reply = unwrap(envelopes[client], answer)
-                admit(reply, self.limits, Hello(self.canonical))
+                reply, head = opened(envelopes[client], answer, max_bytes=max_bytes(hello, self.limits))
+                admit(reply, self.limits, hello)
                 assert isinstance(reply, Introduced)
                 refuse_rank(reply.rank, self.config)
             except InadmissibleError as error:
                 self._note(envelopes[client], client, "refused", bytes_in=len(answer))
                 self.observer.dropped(client, str(error))
                 continue
-            self._note(envelopes[client], client, "admitted", bytes_in=len(answer))
+            self._note(envelopes[client], client, "admitted", bytes_in=len(answer), peer_head=head)
             introduced[client] = reply
         if len(introduced) < self.config.federation.min_replies:
             raise TooFewRepliesError(
@@ -133,6 +130,9 @@ class Run:
                 )
             adapter, memory = checkpoint.adapter, checkpoint.memory
             self.since = {client: (v[0], v[1]) for client, v in checkpoint.state["since"].items()}
+            self.norms = checkpoint.state.get("norms", {})
+            passed = checkpoint.state.get("passed")
+            self.passed = None if passed is None else (int(passed[0]), float(passed[1]))
         for number in range(latest + 1, self.config.rounds + 1):
             adapter = self._round(number, adapter, memory, clients)
         exports = self.config.algorithm.exports(adapter, memory)
@@ -155,9 +155,12 @@ class Run:
             r=self.config.policy.lora.r,
             smaller_ranks={name: it.rank for name, it in clients.items() if it.rank < self.config.policy.lora.r},
             factor=self.config.training.factor(number),
+            rules=self.rules,
+            norms={kind: list(norms) for kind, norms in self.norms.items()},
         )
         if number > 0:
-            cohort = {client: clients[client] for client in self._cohort(number, sorted(clients))}
+            drawn = {client: clients[client] for client in self._cohort(number, sorted(clients))}
+            cohort = capped_prompts(drawn, self.rules.max_share)
             side = ServerSide(
                 one,
                 contract=self.contract,
@@ -165,14 +168,15 @@ class Run:
                 memory=memory,
                 trainer=self.trainer,
                 num_members=len(clients),
-                products=self.config.federation.averaging == "products",
+                federation=self.config.federation,
             )
             adapter = self._stepped(adapter, self.config.algorithm.server(adapter, side), memory)
             for name in ("sampler_gap", "averaging_error"):
                 if getattr(side, name) is not None:
                     side.log(**{name: getattr(side, name)})
         if number % self.config.evaluation.every == 0 or number == self.config.rounds:
-            evaluate(one, self.config, adapter, clients, self.trainer)
+            score = evaluate(one, self.config, adapter, clients, self.trainer)
+            adapter = self._gated(one, adapter, score)
         if maps_conflicts(self.config, clients, number):
             conflicts(one, self.config, adapter, clients)
         self.folder.commit(
@@ -180,11 +184,28 @@ class Run:
             adapter=adapter,
             adapter_config=self.start.adapter_config,
             memory=memory,
-            state={"schema": 1, "round": number, "contract": self.hash, "since": one.since},
+            state={
+                "schema": 2,
+                "round": number,
+                "contract": self.hash,
+                "since": one.since,
+                "norms": one.norms,
+                "passed": self.passed,
+                "exchanges": one.record,
+            },
             metrics=one.metrics,
         )
-        self.since = one.since
+        self.since, self.norms = one.since, one.norms
         self.observer.round_done(number, one.metrics)
+        return adapter
+
+    def _gated(self, one: Round, adapter: Adapter, score: float) -> Adapter:
+        """The adapter, or the last one that passed if this one's held-out score has fallen too far from it."""
+        fall = self.config.evaluation.rollback
+        if fall is not None and self.passed is not None and score < self.passed[1] - fall:
+            one.log("server", {"rolled_back_to": self.passed[0]})
+            return self.folder.load(self.passed[0]).adapter
+        self.passed = (one.number, score) if fall is not None and score == score else self.passed
         return adapter
 
     def _stepped(self, adapter: Adapter, result: Adapter, memory: Memory) -> Adapter:
@@ -205,9 +226,9 @@ class Run:
         memory.update(moments)
         return stepped
 
-    def _note(self, envelope: Envelope, client: ClientId, decision: str, **counts: int) -> None:
-        what = {"verb": envelope.verb, "contract": self.hash, "request": envelope.digest(), "decision": decision}
-        self.ledger.append(run=self.name, round=0, peer=client, **what, **counts)
+    def _note(self, envelope: Envelope, client: ClientId, decision: str, **what: int | str) -> None:
+        where = {"verb": envelope.verb, "contract": self.hash, "request": envelope.digest(), "decision": decision}
+        self.ledger.append(run=self.name, round=0, peer=client, **where, **what)
 
     def _cohort_size(self, members: int) -> int:
         return max(1, math.ceil(round(self.config.federation.participation * members, 9)))

@@ -11,7 +11,8 @@ from torch import Tensor
 from fedpact.errors import ConfigError
 from fedpact.messages import Averaged, Introduced, Reply, Request, Trained
 from fedpact.runtime.adapters import error_of_mean, mean_of_products
-from fedpact.runtime.config import parse_algorithm
+from fedpact.runtime.bounds import capped, robust_mean
+from fedpact.runtime.config import FederationSettings, parse_algorithm
 from fedpact.runtime.contract import Contract
 from fedpact.runtime.exchange import Round, mean_reply
 from fedpact.runtime.learner import Learner
@@ -35,10 +36,10 @@ class ServerSide(Learner):
         memory: Memory,
         trainer: Trainer | None,
         num_members: int,
-        products: bool = False,
+        federation: FederationSettings,
     ) -> None:
         self.num_members = num_members
-        self._round, self._trainer_or_none, self._products = one, trainer, products
+        self._round, self._trainer_or_none, self._federation = one, trainer, federation
         self._per_objective = parse_algorithm(contract.algorithm).per_objective
         self.averaging_error: float | None = None
         """The largest of this round's means: |mean(BA) - BA of the mean| / |mean(BA)|; None if none was formed."""
@@ -96,11 +97,15 @@ class ServerSide(Learner):
 
     def _mean(self, replies: Mapping[ClientId, A]) -> A:
         """The weighted mean; of adapters by the run's rule, and noting what averaging their factors gets wrong."""
-        mean = mean_reply(replies[client] for client in replies)
+        weights = capped({name: reply.weight for name, reply in replies.items()}, self._federation.max_share)
+        mean = mean_reply(replace(replies[name], weight=weight) for name, weight in weights.items())
         return cast("A", self._of_adapters(cast("Any", replies), mean)) if isinstance(mean, Trained) else mean
 
     def _of_adapters(self, replies: Mapping[ClientId, Trained], mean: Trained) -> Trained:
-        if self._products:
+        if self._federation.aggregation != "mean":
+            adapter = robust_mean(replies, self._federation.aggregation, self._federation.trim)
+            mean = replace(mean, adapter=adapter)
+        if self._federation.averaging == "products":
             mean = replace(mean, adapter=mean_of_products(replies, mean.adapter, self.contract.lora.r))
         self.averaging_error = max(error_of_mean(replies, mean.adapter), self.averaging_error or 0.0)
         return mean

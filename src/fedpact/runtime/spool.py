@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpact.faults import fault_point
 from fedpact.runtime.files import atomic_write, json_bytes, make_private, storing
 from fedpact.types import ClientId
 
@@ -23,9 +24,11 @@ class Spool:
 
     def put(self, client: ClientId, data: bytes) -> None:
         """Keeps a reply; after a crash it is there whole or not at all."""
+        fault_point("spool.put")
         with storing(self.folder, then=self._then):
             make_private(self.folder)
         atomic_write(self._path(client), data, then=self._then)
+        fault_point("spool.kept")
 
     def get(self, client: ClientId) -> bytes:
         """The reply that `put` kept."""
@@ -38,10 +41,12 @@ class Spool:
 
     def close(self, roster: Sequence[ClientId], failures: Mapping[ClientId, str]) -> None:
         """Ends the exchange: a resumed round uses the replies of `roster`, whoever else answers."""
+        fault_point("spool.close")
         with storing(self.folder, then=self._then):
             make_private(self.folder)
         content = json_bytes({"failures": dict(failures), "roster": sorted(roster)})
         atomic_write(self.folder / "roster.json", content, then=self._then)
+        fault_point("spool.closed")
 
     def roster(self) -> list[ClientId] | None:
         """Whose replies count, sorted; None while the exchange is open."""

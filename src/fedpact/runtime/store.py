@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedpact.errors import ConfigError, StoreError
+from fedpact.faults import fault_point
 from fedpact.runtime import files
 from fedpact.runtime.files import atomic_write, storing
 from fedpact.runtime.spool import Spool, safe_name
@@ -58,6 +59,7 @@ class RunFolder:
         folder._refuse_contents()
         with storing(folder.path):
             files.make_private(folder.path)
+        fault_point("store.made")
         folder._acquire()
         try:
             folder._refuse_contents()  # another process may have been quicker
@@ -94,6 +96,7 @@ class RunFolder:
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Writes run.json: the resolved configuration, contract, versions, seeds and hashes."""
         self._require_lock()
+        fault_point("store.run")
         # not sorted: the order of the objectives is part of the contract
         atomic_write(self.path / "run.json", files.json_bytes(dict(run), sort_keys=False), then=self._then)
 
@@ -131,6 +134,7 @@ class RunFolder:
         folder = self._folder(round)
         if round in self._committed():
             raise StoreError(f"{folder}: committed already; delete it to do that round again, then {self._then}")
+        fault_point("store.commit")
         lines = [files.json_line(row) for row in metrics if math.isfinite(row.get("value", 0))]
         content = {
             "adapter_model.safetensors": files.tensor_bytes(adapter),
@@ -144,8 +148,11 @@ class RunFolder:
             if folder.exists():  # without a MANIFEST it is not a round, and in the way
                 shutil.rmtree(folder)
         files.write_folder(folder, content, then=self._then)
+        fault_point("store.committed")
         self._remove_spools(round)
+        fault_point("store.cleared")
         self._add_metrics(round, content["metrics.jsonl"])
+        fault_point("store.metrics")
 
     def load(self, round: int) -> Checkpoint:
         """A committed round, compared with its MANIFEST. Raises StoreError naming the file that was changed."""
@@ -180,6 +187,7 @@ class RunFolder:
             "README.md": readme.encode(),
         }
         files.write_folder(folder, content, then=self._then)
+        fault_point("store.final")
         return folder
 
     def _folder(self, round: int) -> Path:
@@ -220,6 +228,7 @@ class RunFolder:
         with storing(self.path, then=self._then):
             for leftover in [*self.path.glob(".final*.???"), *self._rounds.glob(".*.???")]:
                 files.recover_folder(leftover.with_name(leftover.stem[1:]))
+        fault_point("store.recover")
         self._remove_spools(up_to=-1 if (latest := self.latest_round()) is None else latest)
         self._rebuild_metrics()
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from fedpact.errors import ConfigError
+from fedpact.screen import shown
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -18,9 +19,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as TOML: {error}") from error
+        raise ConfigError(shown(f"{path}: no such file")) from error
+    except RecursionError as error:
+        raise ConfigError(shown(f"{path}: not readable as TOML: nested too deeply")) from error
+    except (OSError, ValueError) as error:  # a number of too many digits is a plain ValueError
+        raise ConfigError(shown(f"{path}: not readable as TOML: {error}")) from error
 
 
 def validated(model: type[M], data: Any, *, where: str = "", prefix: str = "") -> M:
@@ -28,7 +31,7 @@ def validated(model: type[M], data: Any, *, where: str = "", prefix: str = "") -
     try:
         return model.model_validate(data)
     except ConfigError as error:
-        raise ConfigError(": ".join(filter(None, [where, str(error)]))) from error
+        raise ConfigError(shown(": ".join(filter(None, [where, _short(str(error), 1000)])))) from error
     except ValidationError as error:
         found = error.errors(include_url=False)
         first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])  # a typo explains the rest
@@ -38,11 +41,25 @@ def validated(model: type[M], data: Any, *, where: str = "", prefix: str = "") -
         elif first["type"] == "missing":
             text = "missing; this key is required"
         elif first["type"] == "value_error":
-            text = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
+            text = _short(str(first["ctx"]["error"]) if "ctx" in first else first["msg"], 1000)
         else:
-            text = f"found {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+            text = f"found {_written(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise ConfigError(": ".join(filter(None, [where, location, text])) + more) from error
+        raise ConfigError(shown(": ".join(filter(None, [where, _short(location), text])) + more)) from error
+
+
+def _written(value: Any) -> str:
+    """What was found, as the file might say it."""
+    try:
+        return _short(repr(value))
+    except RecursionError:
+        return "a value that is nested too deeply"
+    except ValueError:  # Python does not write a number of thousands of digits
+        return "a number of too many digits"
+
+
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _valid_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -64,5 +81,5 @@ def toml_value(text: str) -> Any:
     """`text` as a TOML value, or as a string if it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
