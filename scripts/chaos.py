@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.cli.conftest import results
 from tests.runtime.broken_runs import (
     ALGORITHMS,
     Project,
@@ -30,7 +31,6 @@ from tests.runtime.broken_runs import (
     ended,
     printed,
     project,
-    results,
 )
 
 WHOM = ("all", "server", "both", "east", "again")

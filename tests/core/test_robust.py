@@ -209,8 +209,9 @@ def test_a_minority_moves_the_median_a_bounded_way(seed, distance, num_bad):
     assert moved <= 2 * (1 - share) / (1 - 2 * share) * radius * (1 + 1e-6)
 
 
-def test_nearly_half_at_several_distances_do_not_hide_behind_the_farthest():
-    points = torch.cat([normals(5, 51, 4), torch.full((30, 4), 1e6), torch.full((20, 4), 1e15)]).double()
+@pytest.mark.parametrize("nearer", [0, 30])
+def test_nearly_half_far_away_do_not_take_the_median_along(nearer):
+    points = torch.cat([normals(5, 51, 4), torch.full((nearer, 4), 1e6), torch.full((50 - nearer, 4), 1e15)]).double()
     assert float(median_of(points).norm()) <= 102 * float(points[:51].norm(dim=1).max())  # b = 50/101
 
 

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedpact import faults
+from fedpact.cli.main import main
 from fedpact.edge.local import local_members, local_transport, resumed_transport
 from fedpact.errors import FedPactError
 from fedpact.runtime import launch
@@ -90,12 +91,15 @@ def begun(
     server: str = "",
     members: dict[str, str] | None = None,
     counts: bool = False,
+    uid: int | None = None,
+    command: Sequence[str | Path] = (),
 ) -> int:
     """Starts the run in `out`, or goes on with it, in a process group of its own; its pid.
 
-    `apart`: members are processes too. `server` and `members` say what fault each is armed with; a member that was
-    started again is not. What is printed goes to a file `log` beside `out`, deaths of members to `deaths`, and with
-    `counts` how often each process reached each point to `counts`.
+    `apart`: members are processes too. `server` and `members` say what fault each is armed with, a member at each of
+    its starts: "first;second". `uid`: of the user who runs it. `command`: run this command of fedpact instead.
+    Beside `out`, `log` gets what is printed, `deaths` a line for each member that died, and with `counts` the folder
+    `counts` how often each process reached each point.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -109,7 +113,13 @@ def begun(
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.umask(0o077)
+        if uid is not None:
+            os.setgid(uid)
+            os.setuid(uid)
         faults.arm(server)
+        if command:
+            main([str(argument) for argument in command])
+            os._exit(0)
         transports: list[ProcessMembers] = []
         left = (lambda who: _count(out, who)) if counts else lambda who: None
 
@@ -131,6 +141,8 @@ def begun(
     except FedPactError as error:
         print(f"fedpact: {error}", flush=True)
         code = error.exit_code
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
         import traceback
 
@@ -212,7 +224,7 @@ def _apart(
         MEMBERS,
         lambda name: local_members(clients, home=out / "clients", model=begin.model.path, engines=Engines())[name],
         locks=out.parent / "locks",
-        arm=lambda name, starts: faults.arm(armed.get(name, "") if starts == 1 else ""),
+        arm=lambda name, starts: faults.arm("".join(armed.get(name, "").split(";")[starts - 1 : starts])),
         died=died,
         left=left,
     )

@@ -11,6 +11,7 @@ import torch
 
 from fedpact.errors import ConfigError, InadmissibleError, RefusedError
 from fedpact.messages import (
+    Request,
     Count,
     Counted,
     Differentiate,
@@ -395,7 +396,11 @@ def test_a_verb_or_a_contract_that_was_not_chosen_does_not_enter() -> None:
 
 
 def envelope(**changes: Any) -> Envelope:
-    return replace(seal(Train(SENT), run="r", contract="c", round=1, exchange=0, nonce="n"), **changes)
+    return replace(sealed(Train(SENT)), **changes)
+
+
+def sealed(request: Request[Any], contract: str = "c") -> Envelope:
+    return seal(request, run="r", contract=contract, round=1, exchange=0, nonce="n")
 
 
 def test_a_reply_comes_back_as_it_was() -> None:
@@ -416,7 +421,7 @@ def test_a_reply_to_another_envelope_is_refused(changes: dict[str, Any]) -> None
 
 
 def test_a_reply_to_another_request_in_the_same_place_is_refused() -> None:
-    other = envelope(request=encode(Train(reply().adapter)))
+    other = sealed(Train(reply().adapter))
     with pytest.raises(InadmissibleError, match="answers another request"):
         unwrap(envelope(), wrap(other, encode(reply())))
 
@@ -456,7 +461,7 @@ def test_a_member_that_shares_no_gradients_answers_the_conflict_map_without_comp
     text = canonical(**TWO)
     one = member(tmp_path, accept=contract_hash(text))
     one.hello(Hello(text))
-    asked = envelope(contract=contract_hash(text), verb="differentiate", request=encode(PROJECTED))
+    asked = sealed(PROJECTED, contract_hash(text))
     answer = decode(Differentiated, decode(Answer, one.handle(encode(asked))).reply)
     assert (tuple(answer.gramian.shape), tuple(answer.sketch.shape), answer.factors) == ((2, 2), (2, 4), {})
     assert all(bool(tensor.isnan().all()) for tensor in (answer.gramian, answer.sketch, answer.rewards))

@@ -218,6 +218,7 @@ def test_every_round_can_say_what_is_spent_and_left(ledger: Ledger) -> None:
     spend(ledger, budget, 3)
     spent, left = epsilon_after(3, 4.0, DELTA), budget.left(ledger.path)
     assert budget.line(ledger.path) == f"epsilon {spent:.4g} at delta 1e-05 after 3 adapters (of 20, {left} left)"
+    assert budget.after_next(ledger.path) == pytest.approx(epsilon_after(4, 4.0, DELTA))
     free = Budget(4.0, DELTA)
     assert free.line(ledger.path).endswith("after 3 adapters (no limit)")
     assert free.left(ledger.path) is None

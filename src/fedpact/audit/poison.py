@@ -167,7 +167,9 @@ def poisoned(bench: Bench, config: RunConfig, *, rounds: int, seeds: int, leadin
             away = _attacked(bench, variants, liars, stay_away)
             found = Damage.between(away, honest, liars)
             absence = found.moved
-            yield _finding("yardstick: the member stays away", defence, found, honest, leading, "what a loss of it costs")
+            yield _finding(
+                "yardstick: the member stays away", defence, found, honest, leading, "what a loss of it costs"
+            )
         for name, lie in lies(config).items():
             if name in refused:
                 continue
@@ -193,7 +195,9 @@ def _doubt(honest: Outcome, config: RunConfig, seeds: int) -> float:
 def _finding(
     name: str, defence: str, found: Damage, honest: Sequence[Outcome], leading: str, words: str, harm: bool = False
 ) -> Finding:
-    changes = ", ".join(f"{objective} {signed(value)}" for objective, value in found.change.items() if objective != "accuracy")
+    changes = ", ".join(
+        f"{objective} {signed(value)}" for objective, value in found.change.items() if objective != "accuracy"
+    )
     values: dict[str, float | str | None] = {f"change/{n}": v for n, v in found.change.items() if n != "accuracy"}
     return Finding(
         name,

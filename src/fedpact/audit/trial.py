@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedpact.audit.remembering import Remembering
 from fedpact.core.lora import flatten
 from fedpact.edge.local import LocalTransport, check_members
 from fedpact.errors import TooFewRepliesError
@@ -140,7 +141,9 @@ class Bench:
         def make(config: RunConfig, folder: Path, out: Path, begin: Start) -> Transport:
             outcome.members = members_of(config, folder, out, begin, site or {}, engines or self.engines)
             check_members(config, outcome.members, begin)
-            transport = Tampered(LocalTransport(outcome.members), liar=liar, tamper=tamper, keeps=keeps)
+            alike = engines is None and site is None
+            inner = Remembering(outcome.members, self.scratch / "replies") if alike else LocalTransport(outcome.members)
+            transport = Tampered(inner, liar=liar, tamper=tamper, keeps=keeps)
             outcome.heard = transport.heard
             return transport
 

@@ -15,6 +15,7 @@ import torch
 from fedpact import __version__
 from fedpact.cli.example import RUN_FILE, example_files
 from fedpact.cli.progress import Progress, traffic
+from fedpact.cli.records import head, summary
 from fedpact.edge.local import check_members, local_members, local_transport, resumed_transport
 from fedpact.errors import ConfigError, StoreError
 from fedpact.messages import Evaluate
@@ -23,6 +24,7 @@ from fedpact.report.read import read_run
 from fedpact.runtime import launch
 from fedpact.runtime.config import load_run
 from fedpact.runtime.engines import Engines
+from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.store import RunFolder
 from fedpact.tasks.demo import write_demo
 from fedpact.tasks.warmstart import model_folder
@@ -91,14 +93,17 @@ def status(out: Path, *, as_json: bool) -> None:
     record = read_run(out)
     latest = {key: record.series(key) for key in (f"heldout/{name}" for name in record.objectives)}
     figures = {key: points[-1][1] for key, points in latest.items() if points}
+    entries = Ledger.entries(out / "ledger.jsonl")
     if as_json:
         about = {"name": record.name, "rounds_done": record.done, "rounds": record.rounds}
-        print(json.dumps({**about, "finished": record.finished, "latest": figures}, indent=2))
+        chain = {"entries": len(entries), "head": head(entries)}
+        print(json.dumps({**about, "finished": record.finished, "latest": figures, "ledger": chain}, indent=2))
         return
     state = "finished" if record.finished else f"unfinished; `fedpact resume {out}` goes on"
     print(f"{record.name}: {record.label}, round {record.done} of {record.rounds}, {state}")
     for key, value in figures.items():
         print(f"  {key}: {value:.3f}")
+    print(f"  ledger: {summary(entries)}")
 
 
 def evaluate(out: Path, *, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -16,7 +15,9 @@ from fedpact.algorithms.weights import shared_out
 from fedpact.cli.plan import PLAN, read_plan
 from fedpact.core.aggregate import weighted_sum
 from fedpact.errors import ConfigError, StoreError
+from fedpact.runtime import launch
 from fedpact.runtime.files import (
+    json_bytes,
     make_private,
     read_folder,
     storing,
@@ -25,6 +26,7 @@ from fedpact.runtime.files import (
     write_folder,
 )
 from fedpact.runtime.store import RunFolder
+from fedpact.screen import say
 
 _ADAPTER, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _REMEDY = "`fedpact resume` on that run writes its exports again"
@@ -45,13 +47,15 @@ def export(folder: Path, out: Path, *, point: str | None, seed: int | None, merg
     else:
         run = folder
         files, source = _of_run(run, point)
+    if missing := [name for name in (_ADAPTER, _CONFIG, _CARD) if name not in files]:
+        raise StoreError(f"{run}: an export without {missing[0]}; {_REMEDY}")
     files = {name: files[name] for name in (_ADAPTER, _CONFIG, _CARD)}
     files[_CARD] = files[_CARD].rstrip() + f"\n\n{source}\n".encode()
     if merge:
         _write_merged(run, files, out)
     else:
         write_folder(out, files)
-    print(f"{'model' if merge else 'adapter'}: {out} ({source.rstrip('.')})")
+    say(f"{'model' if merge else 'adapter'}: {out} ({source.rstrip('.')})")
 
 
 def _of_comparison(folder: Path, point: str | None, seed: int | None) -> tuple[Path, str]:
@@ -86,7 +90,7 @@ def _of_run(run: Path, point: str | None) -> tuple[dict[str, bytes], str]:
     shapes = {name: {key: tuple(tensor.shape) for key, tensor in adapter.items()} for name, adapter in adapters.items()}
     first = max(weights, key=lambda name: weights[name])
     for name in weights:
-        if shapes[name] != shapes[first] or json.loads(parts[name][_CONFIG]) != json.loads(parts[first][_CONFIG]):
+        if shapes[name] != shapes[first] or parts[name][_CONFIG] != parts[first][_CONFIG]:
             raise ConfigError(f"--point {point}: {name} and {first} are adapters of other shapes; they cannot be mixed")
     mixture = weighted_sum([adapters[name] for name in weights], list(weights.values()))
     shares = ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items())
@@ -131,26 +135,36 @@ def _name(run: Path) -> str:
 
 
 def _write_merged(run: Path, files: Mapping[str, bytes], out: Path) -> None:
-    """The base model with the adapter added to its weights: computed in float32, saved in the base's own type."""
+    """The base model with the adapter added to its weights: computed in float32, saved in the base's own type.
+
+    The run folder may be somebody else's: PEFT gets a configuration of our own making, for the layers that we find.
+    """
     from peft import PeftModel
     from transformers import AutoConfig, AutoTokenizer
 
-    from fedpact.policy.model import load_model, model_hash
+    from fedpact.policy.model import load_model, lora_layers, model_hash, peft_config, read_peft_adapter
 
-    base = RunFolder(run).read_run()["model"]
+    record = RunFolder(run).read_run()
+    base = record["model"]
     path = Path(base["path"])
     if not path.is_dir() or model_hash(path) != base["sha256"]:
         raise StoreError(f"{path}: not the base model that the run began with; put that model back")
+    lora = launch.recorded(record, run)[0].policy.lora
     loaded = load_model(path, where=str(run))
+    layers = lora_layers(loaded.model, lora)
     with storing(out):
         make_private(out.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         write_folder(temporary / "adapter", files)
+        read_peft_adapter(temporary / "adapter", layers, where=str(run))
+        ours = json_bytes(peft_config(layers, lora, base=str(path)))
+        write_folder(temporary / "adapter", {_ADAPTER: files[_ADAPTER], _CONFIG: ours})
         merged: Any = PeftModel.from_pretrained(loaded.model, temporary / "adapter").merge_and_unload()
-        dtype = AutoConfig.from_pretrained(path).dtype
+        dtype = AutoConfig.from_pretrained(path, trust_remote_code=False).dtype
         merged.to(dtype or torch.float32).save_pretrained(temporary / "model")
-        AutoTokenizer.from_pretrained(path).save_pretrained(temporary / "model")  # ours pads on the left
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # ours pads on the left
+        tokenizer.save_pretrained(temporary / "model")
         (temporary / "model" / _CARD).write_bytes(files[_CARD])
         with storing(out):
             (temporary / "model").rename(out)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fedpact import __version__
+from fedpact.cli import site
 from fedpact.errors import FedPactError
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(site.app, name="site")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.")]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
@@ -187,6 +190,19 @@ def export(
     from fedpact.cli import export as command
 
     command.export(folder, out, point=point, seed=seed, merge=merge)
+
+
+@app.command()
+def verify(
+    folder: RunDir,
+    replay: Annotated[
+        list[int] | None, typer.Option(metavar="ROUND", help="Do this round again and compare every byte; repeatable.")
+    ] = None,
+) -> None:
+    """Recompute a run's ledgers and manifests, and do chosen rounds again, bit for bit."""
+    from fedpact.cli import records
+
+    records.verify(folder, replay or [])
 
 
 @app.command()

@@ -147,24 +147,26 @@ def _describe(
     bounds: Mapping[ClientId, Bound],
     log: Callable[[ClientId, Mapping[str, float]], None],
 ) -> None:
-    """Log each change of the adapter as it came, its cosine with the mean of all, and how much of it counts."""
+    """Log each change of the adapter as it came, its cosine with the mean of the others', and how much of it counts."""
     mean = AdapterMean()
     for client, bound in bounds.items():
-        mean.add(_delta(bound, cast("Trained", bound.apply(replies[client]))), bound.weight)
-    centre = mean.result()
+        mean.add(_delta(bound, bound.apply(replies[client])), bound.weight)
+    centre, total = mean.result(), sum(bound.weight for bound in bounds.values())
     for client, bound in bounds.items():
-        adapter = replies[client].adapter
+        came, counted = (_delta(bound, reply) for reply in (replies[client], bound.apply(replies[client])))
+        others = {name: total * centre[name] - bound.weight * counted[name] for name in centre}
         log(
             client,
             {
                 "update/norm": lengths[client].get("adapter", 0.0),
-                "update/product_norm": product_change(lora_part(bound.start), lora_part(adapter)),
-                "update/cosine": cosine(_delta(bound, replies[client]), centre),
+                "update/product_norm": product_change(lora_part(bound.start), lora_part(replies[client].adapter)),
+                "update/cosine": cosine(came, others) if len(bounds) > 1 else float("nan"),
                 "update/kept": min(bound.scales.values(), default=1.0),
             },
         )
 
 
-def _delta(bound: Bound, reply: Trained) -> Adapter:
+def _delta(bound: Bound, reply: Reply) -> Adapter:
     """The change of the adapter, without what travels beside it."""
+    assert isinstance(reply, Trained)
     return {name: reply.adapter[name] - bound.start[name] for name in grouped(reply.adapter).get("adapter", ())}

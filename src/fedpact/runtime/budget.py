@@ -9,7 +9,6 @@ of standard deviation `noise_multiplier * clip_norm` therefore protects like a m
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from fedpact.errors import ConfigError, RefusedError
-from fedpact.runtime.files import storing
 from fedpact.runtime.ledger import Ledger
 
 NOISED = frozenset({"train"})
@@ -60,6 +58,10 @@ class Budget:
     def spent(self, ledger: Path) -> float:
         """Epsilon of all that has left; infinite if any of it had no noise."""
         return epsilon_of(released(ledger), self.delta)
+
+    def after_next(self, ledger: Path) -> float:
+        """Epsilon once another adapter has left."""
+        return epsilon_of(released(ledger) + Counter({self.counts[_COUNT] / _UNIT: 1}), self.delta)
 
     def left(self, ledger: Path) -> int | None:
         """How many more adapters may leave; None if there is no limit."""
@@ -118,12 +120,8 @@ def released(ledger: Path, verbs: Collection[str] = NOISED) -> Counter[float]:
 
     Raises StoreError if there is no ledger, or its chain is broken.
     """
-    Ledger.verify(ledger)
     noise: dict[str, int] = {}
-    with storing(ledger):
-        lines = ledger.read_bytes().splitlines()
-    for line in lines:
-        entry = _entry(line)
+    for entry in Ledger.entries(ledger):
         if entry.get("decision") == "sent" and entry.get("verb") in verbs:
             noise.setdefault(str(entry.get("reply")), int((entry.get("counts") or {}).get(_COUNT, 0)))
     return Counter(millionths / _UNIT for millionths in noise.values())
@@ -143,13 +141,9 @@ def epsilon_of(released: Mapping[float, int], delta: float) -> float:
     Raises ConfigError if dp-accounting is not installed.
     """
     event, accountant = _accountant()
-    some = {noise: count for noise, count in released.items() if count > 0}
-    if not some:
-        return 0.0
-    if min(some) <= 0:
-        return math.inf
-    for noise, count in sorted(some.items()):
-        accountant.compose(event(noise / 2), count)  # replace-one: two clipped changes are 2 * clip_norm apart
+    for noise, count in sorted(released.items()):
+        if count > 0:
+            accountant.compose(event(noise / 2), count)  # replace-one: two clipped changes are 2 * clip_norm apart
     return float(accountant.get_epsilon(delta))
 
 
@@ -167,11 +161,3 @@ def _accountant() -> tuple[Any, Any]:
             "site.noise_multiplier needs dp-accounting, which is not installed; run: pip install 'fedpact[dp]'"
         ) from error
     return GaussianDpEvent, RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_ONE)
-
-
-def _entry(line: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return entry if isinstance(entry, dict) else {}

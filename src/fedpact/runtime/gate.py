@@ -170,7 +170,11 @@ class Gate:
         if self.budget is not None:
             reply = bare(reply)
         reply = enough(reply, self.min_samples, trained_on=self.trained_on)
-        return shared(reply, self.share, self.site.metrics, digits=None if self.simulation else DIGITS)
+        reply = shared(reply, self.share, self.site.metrics, digits=None if self.simulation else DIGITS)
+        if self.budget is not None and isinstance(reply, Trained):  # known from settings and rounds alone
+            epsilon = self.budget.after_next(self.home / "ledger.jsonl")
+            reply = replace(reply, metrics={**reply.metrics, "epsilon": float(f"{epsilon:.4g}")})
+        return reply
 
     def _noised(self, sent: Adapter, adapter: Adapter, what: Sequence[str | int]) -> Adapter:
         assert self.site.clip_norm is not None and self.site.noise_multiplier is not None

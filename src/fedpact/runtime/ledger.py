@@ -79,6 +79,13 @@ class Ledger:
         """The number of whole entries. Raises StoreError with the number of the line that breaks the chain."""
         return _scan(Path(path)).entries
 
+    @staticmethod
+    def entries(path: Path) -> list[dict[str, Any]]:
+        """The whole entries, oldest first. Raises StoreError as `verify` does."""
+        found: list[dict[str, Any]] = []
+        _scan(Path(path), found)
+        return found
+
     def _write(self, fields: dict[str, Any]) -> str:
         head, line = _chained({**fields, "prev": self._seen.head})
         if not self._seen.whole:
@@ -88,11 +95,11 @@ class Ledger:
         return head
 
 
-def _scan(path: Path) -> _Scan:
+def _scan(path: Path, into: list[dict[str, Any]] | None = None) -> _Scan:
     """Follows the chain from the first line to the last.
 
     The beginning of a JSON object is never JSON itself, so a line that does not parse is a torn one: it must stand at
-    the end, or be vouched for by the entry after it. A line that parses must continue the chain.
+    the end, or be vouched for by the entry after it. A line that parses must continue the chain. Entries go `into`.
     """
     with storing(path):
         data = path.read_bytes()
@@ -112,6 +119,8 @@ def _scan(path: Path) -> _Scan:
                 f"put the file aside as evidence and start again with a new one"
             )
         head, entries, tail = digest, entries + 1, b""
+        if into is not None:
+            into.append({**fields, "sha256": digest})
     return _Scan(head, entries, tail, not data or data.endswith(b"\n"), len(data))
 
 

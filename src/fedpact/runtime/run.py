@@ -114,8 +114,11 @@ class Run:
             )
         return dict(sorted(introduced.items()))
 
-    def go(self, clients: Mapping[ClientId, Introduced]) -> None:
-        """All rounds that are left, then the exports. Every committed round can be resumed from."""
+    def go(self, clients: Mapping[ClientId, Introduced], *, until: int | None = None) -> None:
+        """All rounds that are left, then the exports. Every committed round can be resumed from.
+
+        `until` ends it after that round, without exports.
+        """
         latest = self.folder.latest_round()
         if latest is None:
             adapter, memory = self.start.adapter, Memory()
@@ -133,8 +136,10 @@ class Run:
             self.norms = checkpoint.state.get("norms", {})
             passed = checkpoint.state.get("passed")
             self.passed = None if passed is None else (int(passed[0]), float(passed[1]))
-        for number in range(latest + 1, self.config.rounds + 1):
+        for number in range(latest + 1, (self.config.rounds if until is None else until) + 1):
             adapter = self._round(number, adapter, memory, clients)
+        if until is not None:
+            return
         exports = self.config.algorithm.exports(adapter, memory)
         for name, exported in sorted(exports.items(), key=lambda one: one[0] == "final"):  # last: it says "finished"
             self.folder.write_final(name, exported, self.start.adapter_config, self._card(clients))

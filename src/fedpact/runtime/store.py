@@ -27,7 +27,7 @@ __all__ = ["Checkpoint", "RunFolder", "Spool"]
 
 _ROUND_FILES = {"adapter_model.safetensors", "adapter_config.json", "memory.safetensors", "state.json", "metrics.jsonl"}
 _UNPUBLISHED = ("critic/", "control/", "private/")
-_NOTHING_YET = {".lock", ".run.json.tmp", "clients", "ledger.jsonl"}
+_NOTHING_YET = {".lock", ".run.json.tmp", "clients", "ledger.jsonl", "server"}
 """What a process leaves that was killed before it wrote run.json: there is no round, and nobody has been asked."""
 
 
@@ -80,6 +80,14 @@ class RunFolder:
             folder.close()
             raise
         return folder
+
+    def discard(self) -> None:
+        """Removes the folder of a run that never began, the lock last: where this is cut short, `create` takes it."""
+        self._require_lock()
+        for path in self.path.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         """Gives the lock back."""

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from fedpact.errors import ConfigError
 from fedpact.screen import shown
 
 M = TypeVar("M", bound=BaseModel)
+
+
+def _place(text: str) -> str:
+    """A path or an id as it stands, if a file system could hold it. Code cannot be asked for in one either."""
+    if "trust_remote_code" in text:
+        raise ValueError("trust_remote_code can be set under [model] of a member's own file only")
+    if text.startswith(("gym:", "datasets:")):
+        return text
+    if "\0" in text or len(text) > 4000 or any(len(part.encode(errors="replace")) > 255 for part in text.split("/")):
+        raise ValueError(f"found {_written(text)}; expected a path that a file system can hold")
+    return text
+
+
+Place = Annotated[str, AfterValidator(_place)]
+"""A path, or an id of a hub."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Jail by `bwrap`: namespaces of its own, nothing mounted but the interpreter, a system-call filter from the first step.
+"""Jail by `bwrap`: namespaces of its own, nothing mounted but the interpreter, a system-call filter from the start.
 
 bwrap is given an empty environment because its own process inside the namespace would keep the caller's, where
 `--clearenv` does not reach. It limits neither memory nor processor time, so the interpreter limits itself before it

@@ -64,15 +64,15 @@ class Candidate:
             return b"e" + exception_name(error)
 
     def load(self, prompt: str, program: str) -> None:
-        """Runs the prompt's code and then the program; a mere body of a function is read as going on from the prompt."""
+        """Runs the prompt's code, then the program; a mere body of a function is read as going on from the prompt."""
         self.names = {"__name__": "candidate", "__builtins__": builtins}
         try:
-            parts = [compile(program, "<candidate>", "exec")]
+            parts = [compile(program, "<candidate>", "exec", dont_inherit=True)]
         except SyntaxError:
-            parts = [compile(prompt + "\n" + program, "<candidate>", "exec")]
+            parts = [compile(prompt + "\n" + program, "<candidate>", "exec", dont_inherit=True)]
         else:
             try:
-                parts.insert(0, compile(prompt, "<prompt>", "exec"))
+                parts.insert(0, compile(prompt, "<prompt>", "exec", dont_inherit=True))
             except SyntaxError:  # a signature that nothing follows
                 if not prompt.strip():
                     raise
@@ -95,7 +95,7 @@ class Candidate:
 
         names = {"__name__": "__main__", "__builtins__": builtins, "open": open_}
         try:
-            exec(compile(program, "<candidate>", "exec"), names)
+            exec(compile(program, "<candidate>", "exec", dont_inherit=True), names)
         except SystemExit as left:
             if left.code:  # a program that says that it failed
                 raise
@@ -138,7 +138,7 @@ class Candidate:
 def exception_name(error: BaseException) -> bytes:
     """The name of the nearest built-in class of the error's."""
     for kind in type(error).__mro__:
-        if getattr(builtins, kind.__name__, None) is kind:
-            return kind.__name__.encode()
+        name: str = kind.__name__
+        if getattr(builtins, name, None) is kind:
+            return name.encode()
     return b"RuntimeError"
-

@@ -19,7 +19,11 @@ from fedpact.rewards.sandbox.task import Grade, Task
 from fedpact.rewards.sandbox.tests_side import MAX_REQUEST
 from fedpact.rewards.sandbox.wire import NotPlainError, decode, encode, framed
 
+Free = tuple[list[str], list[str]]
+"""What `free_names` returns."""
 _GONE = "it ended its process, or wrote to our pipe"
+_TESTS_S = 10.0
+"""For tests to come to their first call."""
 _GRACE_S = 1.0
 """For tests that are told that their candidate is gone."""
 
@@ -114,11 +118,11 @@ class Candidate:
         return reply[NONCE_BYTES:]
 
 
-def run_tests(candidate: Candidate, tests: Channel, program: str, task: Task, names: list[str], go_on: bool) -> Grade:
-    """The grade of `program` by `task.tests`, which run in `tests`.
+def run_tests(candidate: Candidate, tests: Channel, program: str, task: Task, free: Free, go_on: bool) -> Grade:
+    """The grade of `program` by `task.tests`, which run in `tests`; they can be used again unless this raises.
 
-    Raises BrokenTestsError where the tests fail by themselves, and whatever `Candidate.ask` raises; LateError and
-    GoneError of the tests' own process are told apart by `heard`.
+    Raises BrokenTestsError where the tests fail by themselves, LateError where strange values keep them busy, and what
+    `Candidate.ask` raises if it comes to that while the program is loaded.
     """
     if refused := _load(candidate, task.prompt, program):
         return refused
@@ -126,9 +130,12 @@ def run_tests(candidate: Candidate, tests: Channel, program: str, task: Task, na
     ended: Exception | None = None
     tests.uses += 1
     try:
-        tests.send(encode((task.prompt, list(task.tests), task.entry_point, names, go_on)), candidate.deadline)
+        told = (task.prompt, task.setup, list(task.tests), task.entry_point, *free, go_on)
+        tests.send(encode(told), time.monotonic() + _TESTS_S)
         while True:
-            message = tests.receive(MAX_REQUEST + 64, candidate.deadline + _GRACE_S * (ended is not None))
+            # A candidate that uses its time up while it is loaded must not make the tests look late.
+            until = candidate.deadline + _GRACE_S * (ended is not None) if heard else time.monotonic() + _TESTS_S
+            message = tests.receive(MAX_REQUEST + 64, until)
             if message[:1] == b"V":
                 break
             if ended is None:
@@ -141,15 +148,14 @@ def run_tests(candidate: Candidate, tests: Channel, program: str, task: Task, na
             heard = True
             tests.send(reply, candidate.deadline + _GRACE_S)
     except (GoneError, LateError, FloodError) as error:
-        tests.kill()
         if heard or ended:
-            raise LateError from error  # strange values have kept the tests busy
+            raise LateError from error
         raise BrokenTestsError("the tests' process ended or hung before they called the candidate") from error
     results, calls, trouble = _verdict(message)
     if trouble or not calls:
         raise BrokenTestsError(f"the tests: {trouble or 'they never call the candidate'}")
-    if ended is not None and not isinstance(ended, GoneError):
-        raise ended
+    if isinstance(ended, LateError | FloodError):
+        return limit_of(ended)
     share = sum(results) / task.size
     if share == 1.0 and ended is None:
         return Grade(Outcome.PASS, 1.0)
@@ -172,6 +178,13 @@ def run_inputs(candidate: Candidate, program: str, task: Task, go_on: bool) -> G
         pass
     share = passed / task.size
     return Grade(Outcome.PASS if share == 1.0 else Outcome.FAIL, share, "" if share == 1.0 else "an output differs")
+
+
+def limit_of(error: LateError | FloodError) -> Grade:
+    """The grade of a candidate that took more than there is."""
+    return Grade(
+        Outcome.LIMIT, reason="not done in time" if isinstance(error, LateError) else "too much memory or output"
+    )
 
 
 def _load(candidate: Candidate, prompt: str, program: str) -> Grade | None:

@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Sequence
 
-from fedpact.errors import FedPactError
 from fedpact.rewards.outcome import Outcome
 from fedpact.rewards.sandbox import ferry
 from fedpact.rewards.sandbox.jail import Jail, Limits
 from fedpact.rewards.sandbox.pool import Pool
-from fedpact.rewards.sandbox.task import Grade, Task, candidate_names
+from fedpact.rewards.sandbox.task import Grade, Task, free_names
 from fedpact.rewards.sandbox.wire import encode
 
 _ATTEMPTS = 2
@@ -39,7 +38,7 @@ class Grader:
 
         A grade that is an error was tried twice. Raises RewardError for tests that make no sense.
         """
-        names = {task: candidate_names(task) if task.tests else [] for _, task in pairs}
+        free = {task: free_names(task) for _, task in pairs if task.tests}
         keys = [self._key(program, task) for program, task in pairs]
         found: dict[str, Grade] = {}
         with self._lock:
@@ -57,7 +56,7 @@ class Grader:
                 except IndexError:
                     return
                 try:
-                    found[key] = self._grade(program, task, names[task])
+                    found[key] = self._grade(program, task, free.get(task, ([], [])))
                 except BaseException as error:
                     failed.append(error)
 
@@ -90,28 +89,24 @@ class Grader:
         limits = (self.limits.seconds, self.limits.cpu_seconds, self.limits.memory_mb, self.limits.output_bytes)
         return hashlib.sha256(encode((program, task.digest, limits, self.go_on))).hexdigest()
 
-    def _grade(self, program: str, task: Task, names: list[str]) -> Grade:
+    def _grade(self, program: str, task: Task, free: ferry.Free) -> Grade:
         for _ in range(_ATTEMPTS):
-            grade = self._attempt(program, task, names)
+            grade = self._attempt(program, task, free)
             if grade.outcome is not Outcome.ERROR:
                 break
         return grade
 
-    def _attempt(self, program: str, task: Task, names: list[str]) -> Grade:
+    def _attempt(self, program: str, task: Task, free: ferry.Free) -> Grade:
         try:
             with self._pool.candidate() as channel:
                 if not task.tests:
                     return ferry.run_inputs(self._candidate(channel), program, task, self.go_on)
                 with self._pool.tests(task.digest) as tests:
-                    return ferry.run_tests(self._candidate(channel), tests, program, task, names, self.go_on)
-        except ferry.LateError:
-            return Grade(Outcome.LIMIT, reason=f"not done after {self.limits.seconds:g} s")
-        except ferry.FloodError:
-            return Grade(Outcome.LIMIT, reason="too much memory or output")
+                    return ferry.run_tests(self._candidate(channel), tests, program, task, free, self.go_on)
+        except (ferry.LateError, ferry.FloodError) as error:
+            return ferry.limit_of(error)
         except ferry.BrokenTestsError as error:
             return Grade(Outcome.ERROR, reason=str(error))
-        except FedPactError:
-            raise
         except (OSError, ferry.GoneError) as error:
             return Grade(Outcome.ERROR, reason=f"{type(error).__name__}: {error}")
 

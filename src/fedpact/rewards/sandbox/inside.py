@@ -25,7 +25,7 @@ class Nowhere(io.RawIOBase):
 
 
 def open_pipes() -> tuple[Callable[[], bytes], Callable[[bytes], None]]:
-    """`receive` and `send` for frames. Afterwards nothing that is read from 0 or written to 1 and 2 arrives anywhere."""
+    """`receive` and `send` for frames. Afterwards what is written to 1 and 2 arrives nowhere, and 0 is empty."""
     source, sink = posix.dup(0), posix.dup(1)
     try:
         empty = posix.open("/dev/null", posix.O_RDWR)
@@ -40,8 +40,7 @@ def open_pipes() -> tuple[Callable[[], bytes], Callable[[bytes], None]]:
     for end in set(ends):
         posix.close(end)
     sys.stdin = io.StringIO()
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.BufferedWriter(Nowhere()), encoding="utf-8", errors="replace")
-    sys.stderr = sys.__stderr__ = sys.stdout
+    sys.stdout = sys.stderr = io.TextIOWrapper(io.BufferedWriter(Nowhere()), encoding="utf-8", errors="replace")
 
     def exactly(count: int) -> bytes:
         found = b""

@@ -1,4 +1,4 @@
-"""The interpreter that is put in a jail: which files it needs, the limits it puts on itself, the thread that starts it."""
+"""The interpreter that is put in a jail: the files it needs, the limits it puts on itself, who starts it."""
 
 from __future__ import annotations
 
@@ -97,14 +97,17 @@ def interpreter() -> Interpreter:
         library=library,
         hidden=tuple(str(p) for n in ("site-packages", "dist-packages") if (p := Path(library, n)).is_dir()),
         objects=tuple(dict.fromkeys(pair for file in objects for pair in _names(file))),
-        links=tuple((f"/{n}", os.readlink(f"/{n}")) for n in ("lib", "lib64") if Path("/", n).is_symlink()),
+        links=tuple((f"/{n}", str(Path("/", n).readlink())) for n in ("lib", "lib64") if Path("/", n).is_symlink()),
     )
 
 
 def _names(file: Path) -> list[tuple[str, str]]:
-    """The names that stand for `file`: the loader asks for libz.so.1 and means libz.so.1.2.13, the kernel for /lib64/ld-*."""
+    """The names that stand for `file`: libz.so.1, which the loader asks for, for libz.so.1.2.13; /lib64/ld-*."""
     stem = file.name.split(".so")[0]
-    folders = [file.parent, *(Path(os.path.realpath(folder)) for folder in ("/lib", "/lib64") if stem.startswith("ld-"))]
+    folders = [
+        file.parent,
+        *(Path(os.path.realpath(folder)) for folder in ("/lib", "/lib64") if stem.startswith("ld-")),
+    ]
     links = [link for folder in folders for link in folder.glob(f"{stem}.so*") if link.resolve() == file]
     return [(str(name), str(file)) for name in (file, *links)]
 

@@ -6,7 +6,6 @@ serves further candidates of the same tests, in a fresh namespace each time, as 
 
 from __future__ import annotations
 
-import atexit
 import collections
 import contextlib
 import os
@@ -26,7 +25,7 @@ _MAX_USES = 50
 
 
 class Pool:
-    """Starts processes in `jail`, keeps `size` of each kind waiting, and kills them all in `close`, or when it is dropped.
+    """Starts processes in `jail`, keeps `size` of each kind waiting, and kills all in `close` or when it is dropped.
 
     `limits.seconds` are for one candidate, and whoever asks for a channel watches them; a process may wait for an hour.
     Threads may share a pool; a process that is forked off gets one of its own.
@@ -36,54 +35,42 @@ class Pool:
         self._jail, self._limits, self._size = jail, limits, size
         self._lock = threading.Lock()
         self._owner = os.getpid()
-        self._ready: collections.deque[Channel] = collections.deque()
-        self._tests: collections.deque[tuple[str, Channel]] = collections.deque()
+        self._waiting: dict[str, collections.deque[Channel]] = collections.defaultdict(collections.deque)
+        self._tests: list[tuple[str, Channel]] = []
         self._all: set[Channel] = set()
         self._closed = False
-        self._finalizer = weakref.finalize(self, _kill_all, self._all, os.getpid())
-        self._finalizer.atexit = False
-        atexit.register(self._finalizer)
+        self._finalizer = weakref.finalize(self, _kill_all, self._all, self._owner)
 
     @contextlib.contextmanager
     def candidate(self) -> Iterator[Channel]:
         """A fresh process for one candidate, killed afterwards. Raises OSError where none can be started."""
-        self._forget_parents()
-        with self._lock:
-            channel = self._ready.popleft() if self._ready else None
+        channel = self._fresh(candidate_program(self._limits.output_bytes))
         try:
-            if channel is None or not self._answers(channel):  # one that has waited too long is dead
-                channel = self._started(self._candidate_program)
-                if not self._answers(channel):
-                    raise OSError(f"{self._jail.name}: the interpreter ended, or did not answer in {START_S:g} s")
-            self._start_ahead()
             yield channel
         finally:
-            if channel is not None:
-                self._kill(channel)
+            self._kill(channel)
 
     @contextlib.contextmanager
     def tests(self, digest: str) -> Iterator[Channel]:
-        """A process for the tests of that digest; kept for the next candidate unless the block raises."""
+        """A process for the tests of that digest; kept for their next candidate unless the block raises."""
         self._forget_parents()
         with self._lock:
             found = next((pair for pair in self._tests if pair[0] == digest), None)
             if found:
                 self._tests.remove(found)
-        channel = found[1] if found else self._started(tests_program())
+        channel = found[1] if found else self._fresh(tests_program())
         try:
-            if not found and not self._answers(channel):
-                raise OSError(f"{self._jail.name}: the interpreter ended, or did not answer in {START_S:g} s")
             yield channel
         except BaseException:
             self._kill(channel)
             raise
+        spare = []
         with self._lock:
             self._tests.append((digest, channel))
-            spare = []
             if channel.uses >= _MAX_USES or self._closed:
                 spare.append(self._tests.pop()[1])
             while len(self._tests) > self._size:
-                spare.append(self._tests.popleft()[1])
+                spare.append(self._tests.pop(0)[1])
         for one in spare:
             self._kill(one)
 
@@ -91,7 +78,7 @@ class Pool:
         """Kills everything that waits or runs."""
         self._closed = True
         with self._lock:
-            self._ready.clear()
+            self._waiting.clear()
             self._tests.clear()
         _kill_all(self._all, self._owner)
 
@@ -99,9 +86,22 @@ class Pool:
     def num_processes(self) -> int:
         return len(self._all)
 
-    @property
-    def _candidate_program(self) -> str:
-        return candidate_program(self._limits.output_bytes)
+    def _fresh(self, program: str) -> Channel:
+        """A process that has said that it is ready and has been told nothing; another one is started ahead."""
+        self._forget_parents()
+        with self._lock:
+            waiting = self._waiting[program]
+            channel = waiting.popleft() if waiting else None
+        if channel is None or not self._answers(channel):  # one that has waited too long is dead
+            channel = self._started(program)
+            if not self._answers(channel):
+                raise OSError(f"{self._jail.name}: the interpreter ended, or did not answer in {START_S:g} s")
+        if len(waiting) < self._size:
+            with contextlib.suppress(OSError):  # whoever needs it will try again, and say what is wrong
+                ahead = self._started(program)
+                with self._lock:
+                    waiting.append(ahead)
+        return channel
 
     def _started(self, program: str) -> Channel:
         uses = _MAX_USES if program == tests_program() else 1
@@ -114,15 +114,6 @@ class Pool:
             self._kill(channel)
             raise OSError("the pool is closed")
         return channel
-
-    def _start_ahead(self) -> None:
-        with self._lock:
-            missing = len(self._ready) < self._size and not self._closed
-        if missing:
-            with contextlib.suppress(OSError):  # whoever needs one will start it, and say what is wrong
-                channel = self._started(self._candidate_program)
-                with self._lock:
-                    self._ready.append(channel)
 
     def _answers(self, channel: Channel) -> bool:
         try:
@@ -138,11 +129,8 @@ class Pool:
 
     def _forget_parents(self) -> None:
         if self._owner != os.getpid():  # a fork must not share the pipes, nor kill its parent's processes
-            self._lock = threading.Lock()
-            self._ready, self._tests, self._all = collections.deque(), collections.deque(), set()
-            self._owner = os.getpid()
             self._finalizer.detach()
-            self._finalizer = weakref.finalize(self, _kill_all, self._all, self._owner)
+            self.__init__(self._jail, self._limits, self._size)  # type: ignore[misc]
 
 
 def _kill_all(channels: set[Channel], owner: int) -> None:

@@ -17,8 +17,8 @@ from typing import IO, Any
 from fedpact.rewards.sandbox.interpreter import from_lasting_thread, interpreter
 from fedpact.rewards.sandbox.jail import Jail, Limits
 
-# Beyond sandlock's own list. It refuses to forbid what it judges itself (`socket`, `connect`, `fork`, `unlink` and their
-# like; no rule of ours allows any of them) and what it starts the interpreter with (`clone`, `execve`).
+# Beyond sandlock's own list. It refuses to forbid what it judges itself (`socket`, `connect`, `fork`, `unlink` and
+# their like; no rule of ours allows any of them) and what it starts the interpreter with (`clone`, `execve`).
 _FORBIDDEN = (
     "socketpair", "listen", "accept", "accept4", "memfd_create", "memfd_secret", "kill", "tkill", "rt_sigqueueinfo",
     "rt_tgsigqueueinfo", "pidfd_open", "pidfd_getfd", "pidfd_send_signal", "ftruncate", "symlink", "symlinkat",

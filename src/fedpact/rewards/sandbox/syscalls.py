@@ -59,7 +59,7 @@ _ONLY_VALUES = {
 }
 _ONLY_VALUES_WHILE_STARTING = {"prctl": (0, (_PR_SET_SECCOMP,)), "prlimit64": (0, (0,))}
 
-# O_ACCMODE, O_CREAT, O_TRUNC, O_APPEND and the bit of O_TMPFILE that O_DIRECTORY does not share; equal on both machines.
+# O_ACCMODE, O_CREAT, O_TRUNC, O_APPEND and the bit of O_TMPFILE that O_DIRECTORY does not share; same on both machines.
 _WRITING_FLAGS = 0o3 | 0o100 | 0o1000 | 0o2000 | 0o20000000
 
 _LD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06

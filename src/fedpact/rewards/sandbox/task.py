@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import hashlib
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
 
 from fedpact.errors import RewardError
@@ -23,6 +23,8 @@ class Task:
     """The function that is asked for; it is handed to `check`, if the tests define that."""
     prompt: str = ""
     """The code that the prompt begins with: imports, helpers, the signature."""
+    setup: str = ""
+    """Runs before the tests."""
     stdin_tests: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -32,7 +34,7 @@ class Task:
     @property
     def digest(self) -> str:
         """The same for the same tests, whoever is tested."""
-        content = (self.tests, self.entry_point, self.prompt, self.stdin_tests)
+        content = (self.tests, self.entry_point, self.prompt, self.setup, self.stdin_tests)
         return hashlib.sha256(encode(content)).hexdigest()
 
 
@@ -46,30 +48,33 @@ class Grade:
     reason: str = ""
 
 
-def candidate_names(task: Task) -> list[str]:
-    """The names that stand for the candidate's functions and classes while the tests run.
+def free_names(task: Task) -> tuple[list[str], list[str]]:
+    """The names that stand for the candidate's functions and classes while the tests run, and modules to import.
 
     The entry point, and every name that the tests use and that neither they, nor the prompt, nor Python defines. This
-    is read from trusted text alone: a candidate that could name its functions would name one `abs` or `sorted`. Where
+    is read from trusted text alone: a candidate that could name its functions would name one `abs` or `sorted`. A
+    module of the standard library of which the tests use an attribute is imported for them (MBPP has such tests). Where
     nothing is left (MBPP has a task whose function is `sum`), the one built-in function that every test calls. Raises
     RewardError where that leaves a doubt, and for tests that are no Python.
     """
     try:
-        trees = [ast.parse(text) for text in task.tests]
+        trees = [ast.parse(text) for text in (task.setup, *task.tests)]
     except (SyntaxError, ValueError) as error:
         raise RewardError(f"tests: not Python ({error}); expected assert statements or a script of them") from None
     defined = set().union(*map(_defined, trees)) | set(dir(builtins))
     if task.prompt:
         defined |= _defined(_prompt_tree(task.prompt))
     names = set().union(*map(_used, trees)) - defined
+    modules = sorted(name for name in names & sys.stdlib_module_names if name in set().union(*map(_dotted, trees)))
+    names -= set(modules)
     if task.entry_point:
-        return sorted(names | {task.entry_point})
+        return sorted(names | {task.entry_point}), modules
     if not names:
-        called = [{node.func.id for node in ast.walk(tree) if _calls_name(node)} for tree in trees]
+        called = [set(_called(tree)) for tree in trees[1:]]
         names = set.intersection(*called) if called else set()
         if len(names) != 1:
             raise RewardError("tests: they call no name of the candidate's; give its name in the column entry_point")
-    return sorted(names)
+    return sorted(names), modules
 
 
 def _prompt_tree(prompt: str) -> ast.AST:
@@ -78,15 +83,24 @@ def _prompt_tree(prompt: str) -> ast.AST:
             return ast.parse(text)
         except (SyntaxError, ValueError):
             continue
-    raise RewardError("prompt_code: not Python; expected what the program begins with, up to the signature or docstring")
+    raise RewardError(
+        "prompt_code: not Python; expected what the program begins with, up to the signature or docstring"
+    )
 
 
-def _calls_name(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+def _called(tree: ast.AST) -> list[str]:
+    functions = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [function.id for function in functions if isinstance(function, ast.Name)]
 
 
 def _used(tree: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def _dotted(tree: ast.AST) -> set[str]:
+    """The names that stand before a dot."""
+    dotted = (node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return {value.id for value in dotted if isinstance(value, ast.Name)}
 
 
 def _defined(tree: ast.AST) -> set[str]:
@@ -103,5 +117,3 @@ def _defined(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ExceptHandler) and node.name:
             names.add(node.name)
     return names
-
-

@@ -1,4 +1,4 @@
-"""The program that runs a member's tests, where the candidate is stubs: what is called goes out, what it is worth comes in.
+"""The program that runs a member's tests, with stubs for the candidate: a call goes out, what it is worth comes in.
 
 The tests are trusted, the values are not: a reply is decoded into built-in types and nothing else, and an exception
 into a built-in one that no loop mistakes for its end. Its source runs confined; nothing else uses it.
@@ -12,7 +12,7 @@ from types import CodeType
 from typing import Any
 
 from fedpact.rewards.sandbox.inside import open_pipes
-from fedpact.rewards.sandbox.wire import NotPlainError, Sent, decode, encode
+from fedpact.rewards.sandbox.wire import NotPlainError, Sent, TooLargeError, decode, encode
 
 MAX_REQUEST = 1 << 23
 
@@ -25,45 +25,57 @@ def serve() -> None:
     """Runs the tests that it is sent, once for each candidate, until the pipe is closed."""
     receive, send = open_pipes()
     while True:
-        prompt, tests, entry_point, names, go_on = decode(receive())
-        run = Run(receive, send)
-        results = run.results(prompt, tests, entry_point, names, go_on)
+        prompt, setup, tests, entry_point, names, modules, go_on = decode(receive())
+        run = Run(receive, send, entry_point, names)
+        results = run.results(run.space(prompt, setup, modules), tests, go_on)
         send(b"V" + encode((results, run.calls, run.trouble)))
 
 
 class Run:
     """One run of the tests against one candidate."""
 
-    def __init__(self, receive: Callable[[], bytes], send: Callable[[bytes], None]) -> None:
-        self.receive, self.send = receive, send
+    def __init__(
+        self, receive: Callable[[], bytes], send: Callable[[bytes], None], entry_point: str, names: list[str]
+    ) -> None:
+        self.receive, self.send, self.entry_point, self.names = receive, send, entry_point, names
         self.calls = 0
         self.trouble = ""
         """What the tests do that no candidate can be asked for."""
         self.gone = False
         self.objects: list[Any] = []
 
-    def results(self, prompt: str, tests: list[str], entry_point: str, names: list[str], go_on: bool) -> list[bool]:
+    def results(self, space: dict[str, Any], tests: list[str], go_on: bool) -> list[bool]:
         """Whether each test went through; without `go_on` the first that does not is the last."""
-        space: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
-        if any("random" in text for text in tests):
-            import random
-
-            random.seed(0)
-        exec(compiled(prompt), space)  # the helpers; the function that is asked for is replaced by its stub
-        space |= {name: self.stub(name) for name in names}
         results: list[bool] = []
-        for text in tests:
-            results.append(self.passes(text, space, entry_point))
+        for text in tests if "__builtins__" in space else ():
+            results.append(self.passes(text, space))
             if self.gone or self.trouble or not (results[-1] or go_on):
                 break
         return results
 
-    def passes(self, text: str, space: dict[str, Any], entry_point: str) -> bool:
+    def space(self, prompt: str, setup: str, modules: list[str]) -> dict[str, Any]:
+        """The names that the tests find: the prompt's helpers, stubs for the candidate's, and what the setup makes."""
+        space: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
+        space |= {name: __import__(name) for name in modules}
+        if not self.runs(prompt, space):
+            return {}
+        space |= {name: self.stub(name) for name in self.names}
+        return space if self.runs(setup, space) else {}
+
+    def passes(self, text: str, space: dict[str, Any]) -> bool:
+        """Whether the test runs to its end, and the `check` that it may define."""
+        if not self.runs(text, space):
+            return False
+        if not self.entry_point or "check" in self.names or "check" not in space:
+            return True
+        space["_entry_point"] = space[self.entry_point]
+        return self.runs("check(_entry_point)", space)
+
+    def runs(self, text: str, space: dict[str, Any]) -> bool:
         try:
+            if "random" in text:  # so that all candidates get the same
+                __import__("random").seed(0)
             exec(compiled(text), space)
-            check = space.pop("check", None)
-            if entry_point and callable(check):
-                check(space[entry_point])
         except BaseException as error:  # an assertion, and whatever a strange value makes of the tests
             if not self.calls and not self.trouble:
                 self.trouble = f"they fail before they call the candidate: {type(error).__name__}"
@@ -86,6 +98,8 @@ class Run:
         try:
             request = encode(shown(content), MAX_REQUEST)
         except ValueError as error:
+            if self.objects or (self.calls and isinstance(error, TooLargeError)):
+                raise  # a candidate's value may have led to this, and must not be excused for it
             self.trouble = f"they hand over what a candidate cannot be sent: {error}"
             raise EndOfRunError from None
         self.calls += 1
@@ -189,9 +203,9 @@ def compiled(text: str) -> CodeType:
         if len(_CODE) > 1000:
             _CODE.clear()
         try:
-            _CODE[text] = compile(text, "<tests>", "exec")
+            _CODE[text] = compile(text, "<tests>", "exec", dont_inherit=True)
         except SyntaxError:
-            _CODE[text] = compile(text + "\n    pass\n", "<tests>", "exec")
+            _CODE[text] = compile(text + "\n    pass\n", "<tests>", "exec", dont_inherit=True)
     return _CODE[text]
 
 

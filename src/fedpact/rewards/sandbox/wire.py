@@ -19,7 +19,7 @@ class NotPlainError(ValueError):
 
 
 class TooLargeError(ValueError):
-    """A value whose encoding exceeds the limit."""
+    """A value that is too long or too deep."""
 
 
 class Sent:
@@ -32,8 +32,8 @@ class Sent:
 def encode(value: Any, limit: int = 1 << 26) -> bytes:
     """`value` as bytes: None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset of these.
 
-    An instance of a subclass goes as what it is a kind of. Raises NotPlainError for anything else and for more than
-    `MAX_DEPTH` levels, and TooLargeError.
+    These types themselves go too. An instance of a subclass goes as what it is a kind of. Raises NotPlainError for
+    anything else, and TooLargeError for more than `limit` bytes or `MAX_DEPTH` levels.
     """
     parts: list[bytes] = []
     room = [limit]
@@ -47,7 +47,7 @@ def encode(value: Any, limit: int = 1 << 26) -> bytes:
     def walk(value: Any, depth: int) -> None:
         kind = type(value)
         if depth > MAX_DEPTH:
-            raise NotPlainError(f"more than {MAX_DEPTH} levels")
+            raise TooLargeError(f"more than {MAX_DEPTH} levels")
         if value is None:
             add(b"n")
         elif kind is bool:
@@ -74,6 +74,8 @@ def encode(value: Any, limit: int = 1 << 26) -> bytes:
             for key, item in value.items():
                 walk(key, depth + 1)
                 walk(item, depth + 1)
+        elif kind is type and value in _TYPES.values():
+            add(b"k%s;" % value.__name__.encode())
         elif kind is Sent:
             add(b"o%x;" % value.number)
         else:
@@ -86,6 +88,9 @@ def encode(value: Any, limit: int = 1 << 26) -> bytes:
 _ITEMS: dict[type, bytes] = {list: b"l", tuple: b"t", set: b"u", frozenset: b"v"}
 _KINDS = {tag: kind for kind, tag in _ITEMS.items()}
 _BASES: tuple[type, ...] = (int, float, complex, bytes, list, tuple, dict, set, frozenset)
+
+
+_TYPES = {kind.__name__.encode(): kind for kind in (bool, int, str, *_BASES)}
 
 
 def _base_of(value: Any) -> Any:
@@ -105,7 +110,8 @@ def _base_of(value: Any) -> Any:
 def decode(data: bytes, objects: list[Any] | None = None) -> Any:
     """The value that `encode` wrote, of exactly those types. Raises NotPlainError for all other bytes.
 
-    A number of an object stands for that entry of `objects`; without them it is refused.
+    A number of an object stands for that entry of `objects`; without them it is refused, and so are types, which tests
+    alone send.
     """
     try:
         value, end = _value(data, 0, 0, objects)
@@ -133,6 +139,9 @@ def _value(data: bytes, at: int, depth: int, objects: list[Any] | None) -> tuple
         if objects is None or number < 0:
             raise NotPlainError("an object where only plain data may be")
         return objects[number], at
+    if tag == b"k" and objects is not None:
+        text, at = _until(data, at, b";")
+        return _TYPES[text], at
     if tag == b"r":
         return _real(data, at)
     if tag == b"c":
