@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decode, gradients
+from benchmarks import decode, gradients, sandbox
 from benchmarks.models import SIZES, make_bench
 from benchmarks.timing import Ratio, surroundings
 
-BENCHMARKS = ("gradients", "decode", "step")
+BENCHMARKS = ("gradients", "decode", "step", "sandbox")
 SMALL = ("nano", "tiny")
 """The sizes of a plain run, and the only ones that TRL's step is compared at."""
 
@@ -79,14 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\nBest time over best time (lowest-highest of a round)")
     figures: dict[str, dict[str, Ratio]] = {}
     memory: dict[str, dict[str, float]] = {}
-    for size in options.size or SMALL:
-        chosen = [name for name in options.only or BENCHMARKS if name != "step" or _has_step(size, options.device)]
+    wanted = [name for name in options.only or BENCHMARKS if name != "sandbox"]
+    for size in (options.size or SMALL) if wanted else ():
+        chosen = [name for name in wanted if name != "step" or _has_step(size, options.device)]
         figures[size], memory[size] = run(size, chosen, device=options.device, quick=options.quick)
+    rates = {}
+    if "sandbox" in (options.only or BENCHMARKS) and options.device == "cpu":
+        rates = sandbox.measure(rounds=3 if options.quick else 11)
+        sandbox.show(rates)
     facts["load"] += f", {os.getloadavg()[0]:.1f} after"
     print(f"\nload {facts['load']}: other jobs widen the ranges; measure again on a quiet machine")
     if options.json:
         found = {size: {name: asdict(ratio) for name, ratio in ratios.items()} for size, ratios in figures.items()}
-        document = {"surroundings": facts, "figures": found, "memory": memory}
+        graded = {name: asdict(rate) for name, rate in rates.items()}
+        document = {"surroundings": facts, "figures": found, "memory": memory, "sandbox": graded}
         options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     guarded = figures.get(GUARD.size, {}).get(GUARD.name)
     if guarded is None or GUARD.met(guarded):

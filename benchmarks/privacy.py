@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.learning import interval
 from fedpact.edge.local import local_transport
+from fedpact.errors import TooFewRepliesError
 from fedpact.report.read import RunRecord, read_run
 from fedpact.runtime.budget import epsilon_after
 from fedpact.runtime.config import load_run
@@ -80,15 +81,18 @@ def run(out: Path, noise: float, seed: int, *, rounds: int, clip: float) -> None
         f"evaluation.every={rounds}",
     ]
     config = load_run(path, changes)
-    start(config, home, folder, where=str(path), make=local_transport, observer=_Quiet())
-    print(f"noise {noise:g}, seed {seed}: done", file=sys.stderr, flush=True)
+    try:
+        start(config, home, folder, where=str(path), make=local_transport, observer=_Quiet())
+        print(f"noise {noise:g}, seed {seed}: done", file=sys.stderr, flush=True)
+    except TooFewRepliesError as error:  # members refuse a model that noise has blown up
+        print(f"noise {noise:g}, seed {seed}: {error}", file=sys.stderr, flush=True)
 
 
 class _Quiet:
     def round_done(self, round: int, metrics: Any) -> None: ...
 
     def dropped(self, client: str, reason: str) -> None:
-        raise RuntimeError(f"{client}: {reason}")  # of fewer members, the mean has other noise
+        print(f"  {client}: {reason}", file=sys.stderr, flush=True)
 
 
 def finished(out: Path, noise: float, seeds: int) -> Iterable[RunRecord]:
@@ -106,13 +110,15 @@ def curve_table(records: dict[float, list[RunRecord]], *, rounds: int) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for noise, runs in records.items():
-        if not runs:
-            continue
-        series = [record.series("heldout/correct") for record in runs]
-        gains = [100 * (one[-1][1] - one[0][1]) for one in series]
         epsilon = f"{epsilon_after(rounds, noise, DELTA):,.4g}" if noise else "infinite"
         cells = [f"{noise:g}", epsilon, f"{noise * math.sqrt(d / MEMBERS):.2f}"]
-        cells += [interval([one[-1][1] for one in series], 3), interval(gains, 1), f"{min(gains):+.1f}", str(len(runs))]
+        series = [record.series("heldout/correct") for record in runs]
+        if series:
+            gains = [100 * (one[-1][1] - one[0][1]) for one in series]
+            cells += [interval([one[-1][1] for one in series], 3), interval(gains, 1), f"{min(gains):+.1f}"]
+        else:
+            cells += ["no run came to its end", "", ""]
+        cells.append(str(len(runs)))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

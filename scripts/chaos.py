@@ -16,8 +16,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from tests.cli.conftest import results
@@ -86,30 +88,28 @@ def reference(made: Project, algorithm: str, folder: Path) -> Reference:
     return Reference(again, files, counts, seconds)
 
 
-def planned(references: dict[str, Reference], kills: int, draw: random.Random) -> list[Kill]:
+def planned(references: dict[str, Reference], draw: random.Random, only: str = "") -> Iterator[Kill]:
     """Every point in turn, at everyone who reaches it, by an algorithm and at a time of it that are drawn; and a fifth
-    of the kills at random times."""
+    of the kills at random times. Without an end."""
     algorithms = list(references)
     reached = {
         whom: {point for one in references.values() for point in one.counts["server" if whom == "both" else whom]}
         for whom in WHOM
     }
-    places = [(whom, point) for whom in WHOM for point in sorted(reached[whom])]
+    places = [(whom, point) for whom in WHOM for point in sorted(reached[whom]) if only in point]
     draw.shuffle(places)
     first = {point: place for place in reversed(places) for point in place[1:]}  # each point once, before any twice
     places = [*first.values(), *(place for place in places if place not in first.values())]
-    plan: list[Kill] = []
-    for number in range(kills):
-        if number % 5 == 4:
+    for number in count():
+        if number % 5 == 4 and not only:
             whom = WHOM[number // 5 % len(WHOM)]
-            plan.append(Kill(draw.choice(algorithms), whom, share=draw.uniform(0.02, 0.98)))
+            yield Kill(draw.choice(algorithms), whom, share=draw.uniform(0.02, 0.98))
             continue
-        whom, point = places[(number - number // 5) % len(places)]
+        whom, point = places[(number if only else number - number // 5) % len(places)]
         who = "server" if whom == "both" else whom
         able = [name for name in algorithms if references[name].counts[who].get(point)]
         algorithm = draw.choice(able)
-        plan.append(Kill(algorithm, whom, point, draw.randint(1, references[algorithm].counts[who][point])))
-    return plan
+        yield Kill(algorithm, whom, point, draw.randint(1, references[algorithm].counts[who][point]))
 
 
 def killed(made: Project, kill: Kill, one: Reference, out: Path) -> tuple[int, int]:
@@ -151,6 +151,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="a new folder for what each run left")
+    parser.add_argument("--only", default="", help="only points with this in their name, and none at random times")
     options = parser.parse_args()
     began, draw = time.monotonic(), random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="fedpact-chaos-") as scratch:
@@ -161,8 +162,10 @@ def main() -> int:
             adapter = hashlib.sha256(one.files["final/adapter_model.safetensors"]).hexdigest()
             print(f"{name}: final adapter {adapter[:16]}, {len(one.files)} files, {one.seconds[False]:.2f} s")
         print(f"{'':4} {'algorithm':9} {'whom':6} {'where':22} {'deaths':>6} {'resumed':>7} {'s':>5}  bytes")
-        wrong, tally, points = [], Counter[str](), set[str]()
-        for number, kill in enumerate(planned(references, options.kills, draw), start=1):
+        wrong, tally, points, total = [], Counter[str](), set[str](), 0
+        for number, kill in enumerate(planned(references, draw, options.only), start=1):
+            if total >= options.kills or number > 2 * options.kills:
+                break
             started, out = time.monotonic(), folder / "kills" / f"{number:04d}" / "run"
             try:
                 one = references[kill.algorithm]
@@ -175,11 +178,11 @@ def main() -> int:
             place = f"{number:4} {kill.algorithm:9} {kill.whom:6} {kill.where:22}"
             print(f"{place} {died:6} {resumed:7} {took:5.1f}  {verdict}", flush=True)
             tally[f"{kill.whom} {'missed' if not died else 'killed'}"] += 1
+            total += died > 0
             points |= {kill.point} if kill.point and died else set()
             wrong += [f"{number} {kill.where}: {one}" for one in differs]
     for whom in WHOM:
         print(f"{whom:6} {tally[whom + ' killed']:4} killed, {tally[whom + ' missed']} ended before")
-    total = sum(count for name, count in tally.items() if name.endswith("killed"))
     reachable = {point for one in references.values() for counts in one.counts.values() for point in counts}
     came = "all bytes the same" if not wrong else f"{len(wrong)} differences"
     print(f"{total} kills at {len(points)} of {len(reachable)} points and at random times: {came}")

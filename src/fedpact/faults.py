@@ -41,6 +41,22 @@ POINTS: tuple[str, ...] = (
     "memory.replied",
     "memory.save",
     "memory.saved",
+    # runtime.ledger
+    "ledger.append",
+    "ledger.appended",
+    # runtime.member
+    "member.noted",
+    "member.opened",
+    # runtime.exchange
+    "exchange.admitted",
+    "exchange.asked",
+    "exchange.closed",
+    # runtime.run
+    "run.aggregated",
+    "run.committed",
+    "run.evaluated",
+    "run.finished",
+    "run.introduced",
 )
 """Every name that `fault_point` is called with."""
 

@@ -141,7 +141,7 @@ def test_a_member_cannot_be_called_like_a_path(name: str) -> None:
     assert line.startswith("clients/x.toml: name: ") and line.isprintable() and len(line) < 500
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("all", "server", "NUL.", "x" * 65)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("all", "server", "x" * 65)])
 def test_no_export_and_no_spooled_reply_has_a_path_for_a_name(tmp_path: Path, name: str) -> None:
     store, before = RunFolder.create(tmp_path / "in" / "run"), below(tmp_path / "in")
     with pytest.raises(ValueError, match="cannot be a file name"):
@@ -154,12 +154,14 @@ def test_no_export_and_no_spooled_reply_has_a_path_for_a_name(tmp_path: Path, na
     assert below(tmp_path / "in") == before
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("all", "server", "NUL.", "x" * 65, "=x")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("all", "server", "x" * 65, "=x")])
 def test_soups_refuse_objectives_that_cannot_name_a_folder_before_anything_is_trained(name: str) -> None:
     data = {"rounds": 1, "objectives": {name: {}}, "policy": {"model": "m"}, "algorithm": {"name": "soups"}}
     with pytest.raises(ConfigError) as caught:
         validated(RunConfig, data, where="run.toml")
-    assert "cannot name the folder of an adapter" in str(caught.value) and str(caught.value).isprintable()
+    line = str(caught.value)
+    assert line.startswith("run.toml: objectives: ") and line.isprintable() and len(line) < 1100
+    assert "cannot name the folder of an adapter" in line or len(name) > 200
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
@@ -278,7 +280,7 @@ def test_a_client_file_of_an_odd_name_is_one_line(run_file: Path, capfd, name: s
     (clients / f"{name}.toml").write_text("name = 3\n")
     before = below(clients)
     code, line = refusal(capfd, "check", run_file)
-    assert code == 2 and line.isprintable() and ".toml: name: found 3" in line or "rewards: missing" in line
+    assert code == 2 and line.isprintable() and ".toml: name: found 3; input should be a valid string" in line
     assert below(clients) == before
 
 
@@ -287,7 +289,7 @@ def test_the_paths_of_a_run_file_are_read_and_never_written(run_file: Path, capf
     for key in ("simulation.clients", "policy.model", "policy.adapter"):
         for name in ("../../../..", "/etc", "/dev/null", "~", "$HOME", "/proc/self", "clients/../../../x"):
             code, line = refusal(capfd, "check", run_file, "--set", f"{key}={json.dumps(name)}")
-            assert code == 2 and line.isprintable() and key.split(".")[1] in line or name in line or "client" in line
+            assert code == 2 and line.isprintable() and (key in line or "no client files" in line)
     assert below(run_file.parent) == before
 
 

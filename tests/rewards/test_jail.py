@@ -54,14 +54,18 @@ def strays() -> set[str]:
     return {str(path) for folder in (tempfile.gettempdir(), "/dev/shm") for path in Path(folder).glob("fedpact-jail-*")}
 
 
+def held() -> tuple[int, set[str], set[str]]:
+    return len(list(Path("/proc/self/fd").iterdir())), children(), strays()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """No process, descriptor or file outlives any test here."""
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd")), children(), strays()
+    before = held()
     yield
-    gc.collect()
-    assert (len(os.listdir("/proc/self/fd")), children(), strays()) == before
+    if held() != before:
+        gc.collect()  # what only an exception still holds
+    assert held() == before
 
 
 def heard(jail: Jail, text: str, limits: Limits | None = None) -> bytes:
@@ -138,6 +142,23 @@ def test_the_environment_names_nothing_of_ours(jail: Jail) -> None:
     assert names <= {"PWD", "LC_CTYPE"}
 
 
+def test_bubblewrap_shares_no_namespace_with_us() -> None:
+    jail = bubblewrap.found()
+    if jail is None:
+        pytest.skip("bubblewrap is not installed")
+    confined = jail.start(RUNNER, Limits())
+    kinds = ("user", "pid", "net", "ipc", "uts", "mnt", "cgroup")
+    shared = [
+        kind for kind in kinds if str(Path("/proc", str(confined.pid), "ns", kind).readlink()) == own_namespace(kind)
+    ]
+    confined.kill()
+    assert shared == []
+
+
+def own_namespace(kind: str) -> str:
+    return str(Path("/proc/self/ns", kind).readlink())
+
+
 def test_installed_packages_are_out_of_sight(jail: Jail) -> None:
     text = "import os, sys\nlibrary = os.path.dirname(os.__file__)\nfor name in ('site-packages', 'dist-packages'):\n"
     text += "    try:\n        print(os.listdir(library + '/' + name))\n    except OSError:\n        pass\n"
@@ -158,8 +179,9 @@ def test_limits_are_on_the_process_before_anything_is_sent_to_it(jail: Jail) -> 
     status = Path("/proc", str(confined.pid), "status").read_text()
     confined.kill()
     assert found == {name: (value, value) for name, value in asked.items()}
-    assert "Seccomp:\t2\n" in status
     assert "NoNewPrivs:\t1\n" in status
+    assert "Seccomp:\t2\n" in status
+    assert "Seccomp_filters:\t" not in status or "Seccomp_filters:\t2\n" in status  # the back end's and ours
 
 
 def test_no_more_output_is_taken_than_the_limit(jail: Jail) -> None:
@@ -197,7 +219,9 @@ def test_a_jail_dies_with_the_process_that_started_it(jail: Jail) -> None:
     code = (
         "import sys, time\nfrom fedpact.rewards.sandbox.jail import Limits, available_jails\n"
         f"jail = next(jail for jail in available_jails() if jail.name == {jail.name!r})\n"
-        "print(jail.start('import time; time.sleep(60)', Limits()).pid, flush=True)\ntime.sleep(60)\n"
+        "program = 'import time; print(1, flush=True); time.sleep(60)'\n"
+        "confined = jail.start(program, Limits())\nassert confined.stdout.read(2)\n"
+        "print(confined.pid, flush=True)\ntime.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert parent.stdout is not None
@@ -221,6 +245,17 @@ def test_a_jail_stops(jail: Jail, name: str) -> None:
 def test_without_a_jail_it_works(name: str) -> None:
     with Scene(Limits(seconds=10.0, memory_mb=256)) as scene:
         assert not stopped(BY_NAME[name], Unjailed(), scene)
+
+
+def test_the_onlooker_counts_forked_processes_while_they_live() -> None:
+    with Scene(Limits(memory_mb=256)) as scene:
+        confined = Unjailed().start(
+            f"import os\npid = os.fork()\nprint(1, flush=True)\nos.read(0, 9)\n# {scene.mark}", Limits()
+        )
+        assert confined.stdout.read(2) == b"1\n"
+        assert len(scene.processes()) == 2
+        assert len(scene.others(confined.pid)) == 1
+        confined.kill()
 
 
 def test_a_jail_in_which_nothing_runs_does_not_pass() -> None:
@@ -260,6 +295,18 @@ def test_a_bwrap_that_cannot_start_says_why(tmp_path: Path) -> None:
         bubblewrap.Bubblewrap(str(broken)).start(ECHO, Limits())
 
 
+def test_a_back_end_that_fails_is_refused_with_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'No permissions to create a new namespace' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "sandlock", None)
+    chosen_jail.cache_clear()
+    reason = r"bubblewrap failed a correct program works \(bwrap did not start \(No permissions to create"
+    with pytest.raises(ConfigError, match=reason):
+        chosen_jail()
+
+
 def test_bubblewrap_is_preferred_where_both_are_installed() -> None:
     installed = [shutil.which("bwrap") and "bubblewrap", find_spec("sandlock") and "sandlock"]
     assert [jail.name for jail in available_jails()] == [name for name in installed if name]
@@ -272,6 +319,13 @@ def test_the_whole_self_test_passes(jail: Jail) -> None:
     assert report.failures == []
     assert len(report.lines) >= 1 + len(ATTACKS)
     assert len(ATTACKS) >= 14 + 6
+
+
+@pytest.mark.slow
+def test_a_jail_is_chosen_once() -> None:
+    chosen_jail.cache_clear()
+    assert chosen_jail() is chosen_jail()
+    assert chosen_jail().name == available_jails()[0].name
 
 
 @pytest.mark.slow

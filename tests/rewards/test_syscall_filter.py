@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import struct
@@ -33,11 +34,16 @@ DANGEROUS = {
 }  # fmt: skip
 
 
+@functools.cache
+def filter_steps(machine: str, while_starting: bool) -> list[tuple[int, int, int, int]]:
+    return list(struct.iter_unpack("=HBBI", assemble(machine, while_starting=while_starting)))
+
+
 def verdict(machine: str, number: int, *arguments: int, arch: int | None = None, while_starting: bool = False) -> str:
     """What the kernel would answer, by classic BPF as its manual describes it."""
     arch = AUDIT_ARCH[machine] if arch is None else arch
     data = struct.pack("=iIQ6Q", number, arch, 0, *(*arguments, *[0] * (6 - len(arguments))))
-    steps = list(struct.iter_unpack("=HBBI", assemble(machine, while_starting=while_starting)))
+    steps = filter_steps(machine, while_starting)
     at = accumulator = 0
     while True:
         code, if_true, if_false, operand = steps[at]

@@ -52,6 +52,7 @@ class Twisted(Watched):
         for who, answer in plain.over(self.inner).exchange(envelopes, timeout_s=timeout_s):
             assert not isinstance(answer, Failure)
             envelope = next(one for name, one, _ in plain.sent if name == who)
+            self.answers.append((who, envelope, answer))
             for twisted in self.twist(who, envelope, answer):
                 yield who, twisted
 
@@ -126,7 +127,7 @@ REFUSED: dict[str, tuple[Twist, str]] = {
         "nonce",
     ),
 }
-QUICK = {"NaN", "cut", "stale round"}
+QUICK = {"NaN", "stale round"}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,12 @@ def whole(run_file: Path) -> dict[str, bytes]:
 def without_north(run_file: Path) -> dict[str, bytes]:
     """What it comes to if north is silent in round 2."""
     twist = in_round_2(lambda envelope, answer: [Failure("silent")])
-    return results(launched(run_file, *OPTIONS, watched=Twisted(twist), name="without")[1])
+    return made(launched(run_file, *OPTIONS, watched=Twisted(twist), name="without")[1])
+
+
+def made(out: Path) -> dict[str, bytes]:
+    """What was worked out: everything that two equal runs have in common but the record of who failed, and why."""
+    return {name: data for name, data in results(out).items() if Path(name).name not in ("state.json", "MANIFEST")}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -161,11 +167,13 @@ def test_a_bad_reply_is_as_good_as_none_and_is_named(run_file, without_north, fa
     watched, out = launched(run_file, *OPTIONS, watched=Twisted(twist), name=fault.replace(" ", "-"))
     assert set(watched.losses) == {"north"} and reason in watched.losses["north"]
     assert who_trained(out) == {(r, who) for r in (1, 2, 3) for who in MEMBERS} - {(2, "north")}
-    assert results(out) == without_north
+    assert made(out) == without_north
+    record = RunFolder(out).load(2).state["exchanges"]
+    assert [(one["roster"], set(one["failures"])) for one in record] == [(["east", "south"], {"north"})]
+    assert reason in record[0]["failures"]["north"]
     entries = [one for one in lines(out / "ledger.jsonl") if one["decision"] in ("failed", "refused")]
     assert [(one["round"], one["peer"]) for one in entries] == [(2, "north")]
     assert entries[0]["decision"] == ("failed" if fault == "no reply" else "refused")
-    assert len(entries[0].get("reason", "")) > 5
 
 
 HARMLESS: dict[str, Twist] = {
@@ -206,29 +214,31 @@ def test_a_reply_that_comes_a_round_late_costs_its_round_and_no_other(run_file, 
 
     _, out = launched(run_file, *OPTIONS, watched=Twisted(twist), name="late")
     assert late == []
-    assert results(out) == without_north
+    assert made(out) == without_north
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weight", [1e12, float("inf"), 0.0, -1.0, float("nan")])
-def test_a_lying_weight_is_refused_or_bounded(run_file, whole, without_north, weight):
-    """The round ends no further from the others' than an equal share and a half of this member's own change."""
-    watched, out = launched(
-        run_file, *OPTIONS, watched=Twisted(reply(lambda one: replace(one, weight=weight))), name=f"weight{weight:g}"
-    )
-    adapter = RunFolder(out).load(2).adapter
-    assert all(bool(tensor.isfinite().all()) for tensor in adapter.values())
-    if results(out) == without_north:
-        assert "weight" in watched.losses["north"]
-        return
-    before, honest = RunFolder(out).load(1).adapter, who_trained(out)
-    assert honest == {(r, who) for r in (1, 2, 3) for who in MEMBERS}
-    answer = next(data for who, one, data in watched.answers if (who, one.round, one.verb) == ("north", 2, "train"))
-    envelope = next(one for who, one, _ in watched.answers if (who, one.round, one.verb) == ("north", 2, "train"))
-    own = unwrap(envelope, answer)
-    assert isinstance(own, Trained)
-    for name, tensor in adapter.items():  # not north's own adapter
-        assert not torch.allclose(tensor - before[name], own.adapter[name] - before[name], rtol=1e-3, atol=0)
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e12])
+def test_a_weight_out_of_bounds_is_refused(run_file, without_north, weight):
+    twist = reply(lambda one: replace(one, weight=weight))
+    watched, out = launched(run_file, *OPTIONS, watched=Twisted(twist), name=f"weight{weight:g}")
+    assert "weight" in watched.losses["north"]
+    assert made(out) == without_north
+
+
+@pytest.mark.slow
+def test_a_lying_weight_is_worth_two_equal_shares(run_file):
+    twist = reply(lambda one: replace(one, weight=1e6))
+    watched, out = launched(run_file, *OPTIONS, watched=Twisted(twist), name="liar")
+    said = {who: unwrap(one, data) for who, one, data in watched.answers if (one.round, one.verb) == (2, "train")}
+    east, north, south = (said[who] for who in MEMBERS)
+    assert isinstance(east, Trained) and isinstance(north, Trained) and isinstance(south, Trained)
+    honest = east.weight + south.weight
+    for name, tensor in RunFolder(out).load(2).adapter.items():
+        others = (east.weight * east.adapter[name] + south.weight * south.adapter[name]) / honest
+        torch.testing.assert_close(tensor, north.adapter[name] * 2 / 3 + others / 3, rtol=0, atol=1e-6)
+    assert who_trained(out) == {(r, who) for r in (1, 2, 3) for who in MEMBERS}
+    assert watched.losses == {}
 
 
 @pytest.mark.slow
@@ -252,6 +262,7 @@ def test_too_few_good_replies_end_the_round_with_5_and_the_adapter_as_it_was(run
     assert results(out) == whole
 
 
+@pytest.mark.slow
 def test_no_time_of_day_is_in_the_bytes_or_in_a_deadline(run_file, whole, monkeypatch):
     """Clocks that jump: back by a year at each look at them. Only the ledger says what time it was."""
     looks = iter(range(10**9))
@@ -266,6 +277,35 @@ def test_no_time_of_day_is_in_the_bytes_or_in_a_deadline(run_file, whole, monkey
     _, out = launched(run_file, *OPTIONS, "--set", "federation.timeout_s=60", name="clock")
     assert next(looks) > 20
     assert results(out)["final/adapter_model.safetensors"] == whole["final/adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("left", [set(), {"clients"}, {"clients", "ledger.jsonl", "server"}])
+def test_a_run_that_never_began_is_discarded_and_one_that_was_half_discarded_is_begun_again(tmp_path, left):
+    with RunFolder.create(tmp_path / "run") as folder:
+        (folder.path / "clients" / "east").mkdir(parents=True)
+        (folder.path / "ledger.jsonl").touch()
+        folder.discard()
+        assert not folder.path.exists()
+    with RunFolder.create(tmp_path / "run") as folder:  # its discard was cut short: the lock goes last
+        for name in left:
+            (folder.path / name).mkdir()
+    with RunFolder.create(tmp_path / "run") as folder:
+        folder.write_run({})
+
+
+def test_a_discard_that_is_cut_short_has_left_the_lock(tmp_path, monkeypatch):
+    def stopped(path: Path, ignore_errors: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with RunFolder.create(tmp_path / "run") as folder:
+        (folder.path / "clients").mkdir()
+        (folder.path / "ledger.jsonl").touch()
+        monkeypatch.setattr("fedpact.runtime.store.shutil.rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            folder.discard()
+        assert (folder.path / ".lock").exists()
+    monkeypatch.undo()
+    RunFolder.create(tmp_path / "run").close()
 
 
 # --- what needs processes of its own --------------------------------------------------------------------------------

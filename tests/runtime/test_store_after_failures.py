@@ -117,6 +117,8 @@ for _ in range(5):
                 folder.spool(round).close(["north"], {})
                 commit(folder, round, size=50_000)
                 folder.write_final("final", {"a": torch.full((50_000,), round)}, {}, "")
+    while not os.path.exists(sys.argv[1] + "/final/MANIFEST"):  # the first time: until there is something to lose
+        time.sleep(0.01)
     time.sleep(draw.uniform(0.1, 0.3))
     os.kill(child, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the child ended by itself"

@@ -24,7 +24,6 @@ from fedpact.messages import Differentiate, Differentiated, Train, Trained
 from fedpact.policy.lora_policy import LoraPolicy
 from fedpact.policy.prompts import encoded_prompts
 from fedpact.runtime.contract import Contract
-from fedpact.runtime.engines import Engines
 from fedpact.runtime.learner import Learner
 from fedpact.runtime.member import Member
 from fedpact.seeding import key, permutation
@@ -48,7 +47,7 @@ class Guess:
     """The same area for tokens that stand in the batch against all others of the vocabulary; None: not to be told."""
 
 
-def guessed(heard: Heard, member: Member, contract: Contract, engines: Engines, *, seeded: bool = True) -> Guess | None:
+def guessed(heard: Heard, member: Member, contract: Contract, *, seeded: bool = True) -> Guess | None:
     """What the server learns from a `Trained` or `Differentiated`; None if the reply says nothing that it can use.
 
     `seeded` False: as if the sampling were keyed by a secret of the member, the server draws completions of its own.
@@ -56,7 +55,7 @@ def guessed(heard: Heard, member: Member, contract: Contract, engines: Engines, 
     request = heard.envelope.open()
     assert isinstance(request, (Train, Differentiate)) and member.model is not None
     public = contract.model_copy(update={"private": None})
-    policy = engines.policy(member.model, member.config.model, public, where=member.where)
+    policy = member.engines.policy(member.model, member.config.model, public, where=member.where)
     if {n: tuple(request.adapter[n].shape) for n in policy.bank.shapes if n in request.adapter} != policy.bank.shapes:
         return None  # of another rank
     shared = {name: request.adapter[name] for name in policy.bank.shapes}
@@ -140,13 +139,13 @@ def _gradients(
     policy.load(sent)
     loss = GroupLoss("grpo", max_completion_length=contract.rollout.max_completion_length)
     found: dict[tuple[int, int], Tensor] = {}
-    for rows in torch.arange(len(candidates)).split(places):
+    for rows in torch.split(torch.arange(len(candidates)), places):
         for turn in range(len(rows)):  # every candidate once at every place: the place keys its draws
             order = [int(rows[(i + turn) % len(rows)]) for i in range(places)]
             rollout = policy.generate(candidates.select(order), draw=0)
             alone = torch.eye(len(rollout.completions))  # an objective for each completion
             jacobian = policy.gradients(rollout, alone, loss=loss)
-            short = seen(jacobian.rows).cpu().unflatten(0, (places, group))
+            short = seen(jacobian.rows).cpu().view(places, group, -1)
             found |= {(candidate, place): short[place] for place, candidate in enumerate(order)}
     return torch.stack([torch.stack([found[c, b] for b in range(places)]) for c in range(len(candidates))])
 
@@ -173,7 +172,7 @@ def _tokens(policy: LoraPolicy, reply: Trained, sent: Adapter, trained: Prompts)
     vocabulary = torch.arange(model.get_input_embeddings().weight.shape[0], device=policy.device)
     try:
         with policy.bank.disabled():
-            for ids in vocabulary[:, None].split(2048):
+            for ids in torch.split(vocabulary[:, None], 2048):
                 model(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:

@@ -27,19 +27,29 @@ def presence(gradients: Tensor, change: Tensor, *, ridge: float) -> Tensor:
 
     A candidate has b hypotheses of g gradients each; what the server does not know, the advantages, are the unknowns of
     one ridge regression of the change on all of them together. `ridge` is in mean squared lengths of a gradient. A
-    candidate's score is the length of its best hypothesis' contribution, 0 if its gradients are.
+    hypothesis' score is the squared length of its contribution, over what pure noise of the change's length would give
+    it: long gradients are no evidence. A candidate's score is its best hypothesis'; 0 if all its gradients are 0.
     """
     c, b, g, d = gradients.shape
-    rows = gradients.reshape(-1, d).double()
-    gram = rows @ rows.mT
+    rows = gradients.reshape(-1, d)
+    used = (rows != 0).any(0)  # of a fresh adapter, only B has gradients
+    rows, change = rows[:, used], change[used]
+    gram = (rows @ rows.mT).double()  # [cbg, cbg]
     scale = gram.diagonal().mean().clamp(min=_TINY)
-    damped = gram + ridge * scale * torch.eye(len(gram), dtype=torch.float64)
-    shares = torch.linalg.solve(damped, rows @ change.double())
-    # |sum_i s_i g_i|^2 of a block from the Gram matrix alone
-    blocks = torch.einsum("igjh->ijgh", gram.view(c * b, g, c * b, g)).diagonal(dim1=0, dim2=1).permute(2, 0, 1)
-    own = shares.view(c * b, g)
-    squares = torch.einsum("ig,igh,ih->i", own, blocks, own)
-    return squares.clamp(min=0).sqrt().view(c, b).amax(1)
+    solve = torch.linalg.inv(gram + ridge * scale * torch.eye(len(gram), dtype=torch.float64))
+    shares = (solve @ (rows @ change).double()).view(c * b, g)
+    spread = solve @ gram @ solve  # of the shares under noise of variance 1
+    own, noise = (_blocks(matrix, g) for matrix in (gram, spread))  # [cb, g, g]
+    found = torch.einsum("ig,igh,ih->i", shares, own, shares)
+    expected = (own * noise).sum((1, 2)) * change.double().square().mean()
+    scores: Tensor = torch.where(expected > _TINY, found / expected.clamp(min=_TINY), 0.0).view(c, b)
+    return scores.amax(1)
+
+
+def _blocks(matrix: Tensor, size: int) -> Tensor:
+    """The square blocks of that size on the diagonal: [k * size, k * size] -> [k, size, size]."""
+    count = len(matrix) // size
+    return torch.stack([matrix[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
 
 
 def token_scores(change: Tensor, inputs: Tensor, *, ridge: float = 1e-3) -> Tensor:
@@ -52,7 +62,9 @@ def token_scores(change: Tensor, inputs: Tensor, *, ridge: float = 1e-3) -> Tens
     gram = (inputs.mT @ inputs).double()  # [r, r]
     scale = gram.diagonal().mean().clamp(min=_TINY)
     damped = gram + ridge * scale * torch.eye(len(gram), dtype=torch.float64)
-    return (change.double() @ torch.linalg.solve(damped, inputs.double().mT)).norm(dim=0)
+    errors = change.double() @ torch.linalg.solve(damped, inputs.double().mT)  # [out, v]
+    scores: Tensor = errors.norm(dim=0)
+    return scores
 
 
 def area_under_curve(members: Tensor, others: Tensor) -> float:

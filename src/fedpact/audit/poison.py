@@ -10,12 +10,11 @@ from statistics import fmean
 import torch
 
 from fedpact.audit.finding import Finding, signed
-from fedpact.audit.trial import OFF, Bench, Outcome, Tamper, changed, first_drawn, short
+from fedpact.audit.trial import OFF, Bench, Outcome, Tamper, changed, first_drawn, members_at, short
 from fedpact.errors import ConfigError
 from fedpact.messages import Reply, Train, Trained
 from fedpact.runtime.adapters import delta_start
 from fedpact.runtime.admission import Limits
-from fedpact.runtime.client_config import client_files, load_client
 from fedpact.runtime.config import RunConfig
 from fedpact.runtime.envelope import Envelope
 from fedpact.runtime.transport import Failure
@@ -128,6 +127,11 @@ class Damage:
         )
 
 
+def doubt_of(honest: Sequence[Outcome]) -> float:
+    """Two standard errors of the difference of two means of a 0/1 reward over all held-out completions."""
+    return 2 * math.sqrt(0.5 / max(1, sum(one.completions for one in honest)))
+
+
 def verdict(damage: Damage, leading: str, *, doubt: float, absence: float) -> tuple[str, bool]:
     """In words, and whether it did harm. `absence` is how far the adapter moves if the member just stays away."""
     change = damage.change.get(leading, math.nan)
@@ -139,35 +143,34 @@ def verdict(damage: Damage, leading: str, *, doubt: float, absence: float) -> tu
         return f"DAMAGE: {leading} fell by more than chance (±{doubt:.3f})", True
     if not damage.moved <= 2 * max(absence, 0.05):  # NaN too
         times = damage.moved / max(absence, 1e-9)
-        return f"no loss shown yet, but the adapter is {times:.1f} times as far off as if this member had left", True
+        return f"no loss shown yet, but the adapter is {times:.1f} times as far off as if this member had left", False
     return "contained: within twice what this member's absence changes", False
 
 
 def poisoned(bench: Bench, config: RunConfig, *, rounds: int, seeds: int, leading: str) -> Iterator[Finding]:
     """Every attack under every defence. What admission refuses is tried once: no setting switches admission off."""
     where = str(bench.path)
-    clients = [load_client(path) for path in client_files(bench.path.parent / config.simulation.clients)]
     configs = [short(config, rounds, config.seed + k, where=where) for k in range(seeds)]
-    liars = [first_drawn(one, [client.name for client in clients]) for one in configs]
+    liars = [first_drawn(one, members_at(bench, config)) for one in configs]
     doubt, absence = math.nan, 0.0
     refused: set[str] = set()
     for defence, changes in defences(config).items():
         try:
             variants = [changed(one, changes, where=where) for one in configs]
+            honest = [bench.trial(one) for one in variants]
         except ConfigError as error:
             yield Finding("poison", defence, "–", "", f"not possible here: {error}")
             continue
-        honest = [bench.trial(one) for one in variants]
         ended = next((one.ended for one in honest if one.ended), "")
         if ended:
             yield Finding("poison: none, all honest", defence, "–", "", f"ended the run: {ended}", True)
             continue
         if defence == "as configured":
-            doubt = _doubt(honest[0], config, seeds)
+            doubt = doubt_of(honest)
             away = _attacked(bench, variants, liars, stay_away)
             found = Damage.between(away, honest, liars)
             absence = found.moved
-            yield _finding(
+            yield described(
                 "yardstick: the member stays away", defence, found, honest, leading, "what a loss of it costs"
             )
         for name, lie in lies(config).items():
@@ -177,24 +180,17 @@ def poisoned(bench: Bench, config: RunConfig, *, rounds: int, seeds: int, leadin
             if found.refused and not found.ended:
                 refused.add(name)
             words, harm = verdict(found, leading, doubt=doubt, absence=absence)
-            yield _finding(name, defence, found, honest, leading, words, harm)
+            yield described(name, defence, found, honest, leading, words, harm)
 
 
 def _attacked(bench: Bench, configs: Sequence[RunConfig], liars: Sequence[str], tamper: Tamper) -> list[Outcome]:
     return [bench.trial(one, liar=liar, tamper=tamper) for one, liar in zip(configs, liars, strict=True)]
 
 
-def _doubt(honest: Outcome, config: RunConfig, seeds: int) -> float:
-    """Two standard errors of the difference of two means of a 0/1 reward over all held-out completions."""
-    heldout = [len(member.heldout) for member in honest.members.values()]
-    limit = config.evaluation.num_prompts
-    count = sum(size if limit is None else min(size, limit) for size in heldout) * config.evaluation.num_generations
-    return 2 * math.sqrt(0.5 / max(1, count * seeds))
-
-
-def _finding(
+def described(
     name: str, defence: str, found: Damage, honest: Sequence[Outcome], leading: str, words: str, harm: bool = False
 ) -> Finding:
+    """A line about damage."""
     changes = ", ".join(
         f"{objective} {signed(value)}" for objective, value in found.change.items() if objective != "accuracy"
     )

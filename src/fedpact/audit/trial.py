@@ -11,7 +11,7 @@ from typing import Any
 
 from fedpact.audit.remembering import Remembering
 from fedpact.core.lora import flatten
-from fedpact.edge.local import LocalTransport, check_members
+from fedpact.edge.local import LocalTransport
 from fedpact.errors import TooFewRepliesError
 from fedpact.messages import Reply
 from fedpact.runtime import launch
@@ -91,6 +91,10 @@ class Outcome:
     final: Adapter = field(default_factory=dict)
     heard: list[Heard] = field(default_factory=list)
     members: dict[ClientId, Member] = field(default_factory=dict)
+    completions: int = 0
+    """Behind a held-out mean."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """The server's last figures."""
 
     def round_done(self, round: int, metrics: Sequence[Mapping[str, Any]]) -> None:
         """`runtime.run.Observer`."""
@@ -102,7 +106,8 @@ class Outcome:
         if round == 0:
             self.start = heldout
         self.end = heldout or self.end
-        self.rolled_back |= any(row["key"] == "rolled_back_to" for row in metrics)
+        self.logged |= {str(row["key"]): float(row["value"]) for row in metrics if row["who"] == "server"}
+        self.rolled_back = "rolled_back_to" in self.logged
 
     def dropped(self, client: ClientId, reason: str) -> None:
         """`runtime.run.Observer`."""
@@ -121,8 +126,6 @@ class Bench:
     path: Path
     scratch: Path
     keep: bool = False
-    engines: Engines = field(default_factory=Engines)
-    """Of all trials under one contract: defences at the server are not part of it."""
 
     def trial(
         self,
@@ -132,17 +135,16 @@ class Bench:
         tamper: Tamper | None = None,
         keeps: Collection[str] = (),
         site: Mapping[str, Any] | None = None,
-        engines: Engines | None = None,
     ) -> Outcome:
         """Run `config` to its end; `site` changes every member's gate. Raises ConfigError if it cannot begin."""
         out = Path(tempfile.mkdtemp(prefix="trial-", dir=self.scratch)) / "run"
         outcome = Outcome()
 
         def make(config: RunConfig, folder: Path, out: Path, begin: Start) -> Transport:
-            outcome.members = members_of(config, folder, out, begin, site or {}, engines or self.engines)
-            check_members(config, outcome.members, begin)
-            alike = engines is None and site is None
-            inner = Remembering(outcome.members, self.scratch / "replies") if alike else LocalTransport(outcome.members)
+            members = members_of(config, folder, out, begin, site or {})
+            outcome.completions = _completions(config, members, begin)
+            outcome.members = members if keeps else {}  # they hold a model each trial
+            inner = LocalTransport(members) if site else Remembering(members, self.scratch / "replies")
             transport = Tampered(inner, liar=liar, tamper=tamper, keeps=keeps)
             outcome.heard = transport.heard
             return transport
@@ -162,11 +164,21 @@ class Bench:
         return outcome
 
 
+def _completions(config: RunConfig, members: Mapping[ClientId, Member], begin: Start) -> int:
+    if "server" in config.algorithm.needs and begin.trainer is not None:
+        sizes = [len(begin.trainer.heldout)]
+    else:
+        sizes = [len(member.heldout) for member in members.values()]
+    limit = config.evaluation.num_prompts
+    return sum(size if limit is None else min(size, limit) for size in sizes) * config.evaluation.num_generations
+
+
 def members_of(
-    config: RunConfig, folder: Path, out: Path, begin: Start, site: Mapping[str, Any], engines: Engines
+    config: RunConfig, folder: Path, out: Path, begin: Start, site: Mapping[str, Any]
 ) -> dict[ClientId, Member]:
     """The members of a simulation, each with `site` put over its own settings. Raises ConfigError."""
     members: dict[ClientId, Member] = {}
+    engines = Engines()
     for path in client_files(folder / config.simulation.clients):
         own = load_client(path)
         gate = validated(SiteSettings, {**own.site.model_dump(), **site}, where=str(path), prefix="site")
@@ -204,3 +216,8 @@ def first_drawn(config: RunConfig, names: Sequence[ClientId]) -> ClientId:
     """The member that round 1 draws first: it takes part whatever the participation is."""
     ordered = sorted(names)
     return ordered[permutation(len(ordered), config.seed, 1, "cohort")[0]]
+
+
+def members_at(bench: Bench, config: RunConfig) -> list[ClientId]:
+    """The names of the run's members. Raises ConfigError."""
+    return sorted(load_client(path).name for path in client_files(bench.path.parent / config.simulation.clients))

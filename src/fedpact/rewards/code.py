@@ -141,10 +141,12 @@ def task_of(tests: Any, entry_point: Any, prompt_code: Any, setup: Any, stdin_te
             raise RewardError('stdin_tests: expected a list of {"input": "...", "output": "..."}')
         return Task(stdin_tests=tuple((pair["input"], pair["output"]) for pair in pairs)) if pairs else None
     listed = [tests] if isinstance(tests, str) else tests
-    if not listed or not any(listed):
+    if listed is None or listed == [""]:
         return None
     if not isinstance(listed, Sequence) or not all(isinstance(test, str) for test in listed):
         raise RewardError(f"tests: found {type(tests).__name__}; expected a script or a list of assert statements")
+    if not listed:
+        return None
     return Task(tuple(listed), entry_point or "", prompt_code or "", setup=setup or "")
 
 

@@ -59,6 +59,11 @@ def delta_start(sent: Adapter) -> Adapter:
     return {n: torch.zeros_like(tensor) if n.startswith("control/") else tensor for n, tensor in sent.items()}
 
 
+def shortened(start: Tensor, end: Tensor, scale: float) -> Tensor:
+    """The change from `start` to `end` at this scale, in float64: float32 has no scale from 3e38 down to 1e-7."""
+    return (start.double() + (end.double() - start.double()) * scale).to(end.dtype)
+
+
 def private_part(tensors: Mapping[str, Tensor]) -> Adapter:
     """Those tensors that never leave a member."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith("private/")}

@@ -54,9 +54,10 @@ def max_bytes(request: Request[Any], limits: Limits) -> int:
     m, numbers = limits.num_objectives, 0
     if isinstance(request, (Train, Differentiate)):
         numbers = sum(tensor.numel() for tensor in request.adapter.values())
-    if isinstance(request, Differentiate):
-        rows, columns = near_square(m, numbers)
-        numbers = (rows + columns if request.compression == "svd" else m) * request.rank + m * m
+    if isinstance(request, Differentiate) and request.compression == "svd":
+        numbers = sum(near_square(m, numbers)) * request.rank + m * m
+    elif isinstance(request, Differentiate):
+        numbers = m * (request.rank + m)
     if isinstance(request, Score):
         numbers = m * len(request.completions)
     if isinstance(request, Examine):

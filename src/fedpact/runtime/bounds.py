@@ -22,7 +22,7 @@ from fedpact.core.robust import (
     trimmed_mean,
 )
 from fedpact.messages import Averaged, Introduced, Reply, Request, Train, Trained
-from fedpact.runtime.adapters import delta_start, grouped, lora_part
+from fedpact.runtime.adapters import delta_start, grouped, lora_part, shortened
 from fedpact.types import Adapter, ClientId
 
 _REMEMBERED = 100
@@ -62,7 +62,7 @@ class Bound:
         result = dict(adapter)
         for group, names in grouped(adapter).items():
             if (scale := self.scales.get(group, 1.0)) < 1.0:
-                result |= {n: self.start[n] + (adapter[n] - self.start[n]) * scale for n in names}
+                result |= {name: shortened(self.start[name], adapter[name], scale) for name in names}
         return result
 
 

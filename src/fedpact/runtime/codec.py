@@ -9,7 +9,6 @@ Bytes that come from the network are hostile until decoded: `decode` returns a v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -24,10 +23,10 @@ from torch import Tensor
 
 from fedpact.errors import InadmissibleError
 from fedpact.runtime.files import tensor_bytes
+from fedpact.runtime.header import KEY, dumps, read_header, refuse_swarms
 
 T = TypeVar("T")
 
-_KEY = "fedpact"
 _HERE = "tensor"  # stands in the header where an array belongs
 _MAX_AXES = 8
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8}) | {
@@ -58,10 +57,10 @@ def encode(value: Any) -> bytes:
     tensors: dict[str, Tensor] = {}
     kind: Any = type(value)
     try:
-        header = _dumps({kind.__name__: _pack(kind, value, "", tensors)})
+        header = dumps({kind.__name__: _pack(kind, value, "", tensors)})
     except ValueError as error:
         raise ValueError(f"{kind.__name__} cannot be encoded: {error}") from error
-    return tensor_bytes(tensors, {_KEY: header})
+    return tensor_bytes(tensors, {KEY: header})
 
 
 def decode(kind: type[T], data: bytes, *, max_bytes: int | None = None) -> T:
@@ -75,8 +74,9 @@ def decode(kind: type[T], data: bytes, *, max_bytes: int | None = None) -> T:
     wanted: Any = kind
     _hints(wanted)  # a type that cannot be encoded is our bug, not the sender's
     try:
+        refuse_swarms(data)
         tensors = {name: _checked(name, tensor) for name, tensor in _load_tensors(data).items()}
-        header = _header(data)
+        header = read_header(data)
         if set(header) != {kind.__name__}:
             raise ValueError(f"found {_show(' '.join(header))}, expected {kind.__name__}")
         value: T = _unpack(wanted, header[kind.__name__], "", tensors)
@@ -146,6 +146,8 @@ def _unpack(hint: Any, node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return node
     if origin in (dict, Mapping):
         return {name: _unpack(arguments[1], item, _join(path, name), tensors) for name, item in node.items()}
+    if _texts(arguments, node):
+        return tuple(node) if origin is tuple else node
     items = _items(origin, arguments, len(node), path)
     values = [_unpack(h, item, _join(path, i), tensors) for i, (h, item) in enumerate(zip(items, node, strict=True))]
     return tuple(values) if origin is tuple else values
@@ -194,6 +196,12 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+def _texts(arguments: tuple[Any, ...], values: Sequence[Any]) -> bool:
+    """Whether this is a list of texts alone and may be one: there can be very many, and nothing is to be done."""
+    some = arguments[0] if len(arguments) == 1 or arguments[-1] is Ellipsis else None
+    return str in (some, *get_args(some)) and set(map(type, values)) <= {str}
+
+
 def _items(origin: Any, arguments: tuple[Any, ...], length: int, path: str) -> Sequence[Any]:
     """One type for each of the `length` items of a sequence."""
     if origin is not tuple or arguments[-1] is Ellipsis:
@@ -226,22 +234,6 @@ def _checked(name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.bool and bool((tensor.contiguous().view(torch.uint8) > 1).any()):
         raise ValueError(f"{_show(name)}: a boolean that is neither 0 nor 1")  # torch would compute with it
     return tensor
-
-
-def _header(data: bytes) -> dict[str, Any]:
-    """The JSON header; safetensors has already checked the lengths around it."""
-    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-    if set(metadata) != {_KEY}:
-        raise ValueError(f"the metadata hold {_show(' '.join(metadata))}, expected {_KEY}")
-    header: Any = json.loads(metadata[_KEY])
-    # One text for one value: refuses NaN, infinity and repeated keys, which `json.loads` takes without a word.
-    if not isinstance(header, dict) or _dumps(header) != metadata[_KEY]:
-        raise ValueError("the header is not canonical JSON")
-    return header
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 @cache

@@ -50,7 +50,9 @@ class Envelope:
         if _sha256(self.request) != self.sha256:
             raise InadmissibleError("request: damaged on its way: its SHA-256 is not the envelope's; ask again")
         if self.verb not in REQUESTS:
-            raise InadmissibleError(f"request: unknown verb {self.verb!r}; expected one of {', '.join(REQUESTS)}")
+            raise InadmissibleError(
+                f"request: unknown verb {ascii(self.verb)[:40]}; expected one of {', '.join(REQUESTS)}"
+            )
         return decode(REQUESTS[self.verb], self.request)
 
 
@@ -66,10 +68,10 @@ class Answer:
     request: str
     """Digest of the envelope that it answers."""
     reply: bytes
-    sha256: str
-    """Of `reply`."""
     head: str
     """Of the member's ledger, this answer's line included; the server keeps it."""
+    sha256: str
+    """Of `reply` and `head`."""
 
 
 def seal(request: Request[Any], **where: Any) -> Envelope:
@@ -90,8 +92,8 @@ def wrap(envelope: Envelope, reply: bytes, *, head: str = START) -> bytes:
             envelope.nonce,
             envelope.digest(),
             reply,
-            _sha256(reply),
             head,
+            _sha256(reply + head.encode()),
         )
     )
 
@@ -106,10 +108,11 @@ def opened(envelope: Envelope, data: bytes, *, max_bytes: int | None = None) -> 
         if getattr(answer, name) != getattr(envelope, name):
             if name == "nonce":
                 raise InadmissibleError("reply: nonce is that of another request")
-            raise InadmissibleError(f"reply: {name} is {getattr(answer, name)!r}, expected {getattr(envelope, name)!r}")
+            found, expected = ascii(getattr(answer, name))[:80], getattr(envelope, name)
+            raise InadmissibleError(f"reply: {name} is {found}, expected {expected!r}")
     if answer.request != envelope.digest():
         raise InadmissibleError("reply: it answers another request")
-    if _sha256(answer.reply) != answer.sha256:
+    if _sha256(answer.reply + answer.head.encode(errors="replace")) != answer.sha256:
         raise InadmissibleError("reply: damaged on its way: its SHA-256 is not the answer's")
     if not is_head(answer.head):
         raise InadmissibleError("reply: head is no SHA-256")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedpact.core.aggregate import AdapterMean, WeightedMean
 from fedpact.errors import InadmissibleError, TooFewRepliesError
+from fedpact.faults import fault_point
 from fedpact.messages import Averaged, Reply, Request
 from fedpact.runtime.adapters import Factor, as_taken, at_rank, completed, for_rank
 from fedpact.runtime.admission import Limits, admit, max_bytes
@@ -126,6 +127,7 @@ class Round:
         sent = {client: encode(envelope) for client, envelope in envelopes.items()}
         for client, envelope in envelopes.items():
             self._note(envelope, client, decision="asked", bytes_out=len(sent[client]))
+        fault_point("exchange.asked")
         failures: dict[ClientId, Failure] = {}
         for client, answer in self.transport.exchange(sent, timeout_s=self.timeout_s):
             if client not in envelopes or client in failures or client in spool.received():
@@ -148,6 +150,7 @@ class Round:
             spool.put(client, data)
             digest = hashlib.sha256(data).hexdigest()
             self._note(envelope, client, decision="admitted", bytes_in=len(answer), reply=digest, peer_head=head)
+            fault_point("exchange.admitted")
         for client, failure in failures.items():
             self.dropped(client, failure.reason)
         roster = [client for client in spool.received() if client in requests]
@@ -158,6 +161,7 @@ class Round:
                 f"expected at least {needed} (federation.min_replies){first}"
             )
         spool.close(roster, {client: failure.reason for client, failure in failures.items()})
+        fault_point("exchange.closed")
         return sorted(roster)
 
     def _admitted(self, envelope: Envelope, answer: bytes, request: Request[Any]) -> tuple[Reply, str]:

@@ -18,9 +18,11 @@ from fedpact.errors import RefusedError
 from fedpact.messages import (
     Averaged,
     Differentiate,
+    Evaluate,
     Examine,
     Examined,
     Fit,
+    Fitted,
     Reply,
     Request,
     Score,
@@ -28,15 +30,18 @@ from fedpact.messages import (
     Train,
     Trained,
 )
-from fedpact.runtime.adapters import Factor, delta_start, grouped, trained_factor
+from fedpact.runtime.adapters import Factor, delta_start, grouped, shortened, trained_factor
 from fedpact.runtime.budget import Budget
 from fedpact.runtime.client_config import SiteSettings
 from fedpact.runtime.config import parse_algorithm
 from fedpact.runtime.contract import Contract, contract_hash, read_contract
 from fedpact.runtime.disclosure import BY_DEFAULT, DIGITS, EVERYTHING, bare, enough, shared
+from fedpact.runtime.envelope import Envelope
 from fedpact.runtime.gaussian import noised
-from fedpact.runtime.inspection import longest_text, malformed, overdone
+from fedpact.runtime.inspection import longest_text, malformed, misplaced, overdone, shared_shapes, unfit
+from fedpact.runtime.learner import Learner
 from fedpact.runtime.noise import member_secret, noisy_bits, noisy_ratings
+from fedpact.screen import printable
 from fedpact.types import Adapter
 
 _MIN_SAMPLES = 20
@@ -60,6 +65,9 @@ class Gate:
             self.budget = Budget(site.noise_multiplier, site.delta, site.epsilon)
         self.trained_on = 0
         """Completions behind a mean of a training reply, under the accepted contract."""
+        self.run: str | None = None
+        """The run that last said hello."""
+        self._trained: dict[tuple[str, int], set[str]] = {}
 
     @property
     def shares_gradients(self) -> bool:
@@ -68,7 +76,10 @@ class Gate:
 
     def accept(self, canonical: str) -> Contract:
         """The contract, if this member agrees to it. Raises RefusedError naming the key, what was asked and allowed."""
-        found = contract_hash(canonical)
+        try:
+            found = contract_hash(canonical)
+        except UnicodeEncodeError as error:
+            raise RefusedError(f"{self.where}: contract not understood: it holds half a character") from error
         if self.site.accept is None and not self.simulation:
             raise RefusedError(f"{self.where}: site.accept: no contract accepted; this run's is {found}")
         if self.site.accept not in (None, found):
@@ -103,12 +114,32 @@ class Gate:
         """Let a request in. Raises RefusedError if its verb or its contract is not this member's choice."""
         if verb not in self.site.verbs:
             raise RefusedError(
-                f"{self.where}: site.verbs: {verb!r} is not allowed; allowed are {', '.join(self.site.verbs)}"
+                f"{self.where}: site.verbs: {ascii(verb)[:40]} is not allowed; allowed are {', '.join(self.site.verbs)}"
             )
         if verb != "hello" and contract != accepted:
             raise RefusedError(
-                f"{self.where}: request under contract {contract[:12]}, accepted is {str(accepted)[:12]}"
+                f"{self.where}: request under contract {printable(contract[:12])}, accepted is {str(accepted)[:12]}"
             )
+
+    def place(self, envelope: Envelope, contract: Contract | None) -> None:
+        """Let a request in by where it stands: in the run that said hello, and in the contract's rounds.
+
+        Raises RefusedError. Several trainings in one round share the ceiling of its steps.
+        """
+        wrong = "" if contract is None else misplaced(envelope, contract.rounds)
+        if self.run is not None and envelope.run != self.run:
+            wrong = f"a request of run {ascii(envelope.run)[:40]}; hello was said by run {ascii(self.run)[:40]}"
+        if wrong:
+            raise RefusedError(f"{self.where}: {wrong}")
+        if contract is not None and envelope.verb == "train" and self.site.max_local_steps is not None:
+            each = (contract.algorithm.get("local_steps") or 1) * contract.training.num_iterations
+            trained = self._trained.setdefault((envelope.run, envelope.round), set())
+            steps = each * len(trained | {envelope.digest()})
+            if steps > (limit := self.site.max_local_steps):
+                raise RefusedError(
+                    f"{self.where}: site.max_local_steps: round {envelope.round} asks for {steps}, allowed are {limit}"
+                )
+            trained.add(envelope.digest())
 
     def open(self, request: Request[Any], algorithm: Algorithm | None = None) -> None:
         """Let what an envelope holds in. Raises RefusedError if it asks for more work than this member does at once.
@@ -123,11 +154,9 @@ class Gate:
         if not isinstance(request, (Score, Fit, Examine)):
             return
         answers = [*request.first, *request.second] if isinstance(request, Examine) else request.completions
-        if len(answers) > self.site.max_candidates:
+        if (size := max(len(answers), len(request.prompts))) > self.site.max_candidates:
             limit = self.site.max_candidates
-            raise RefusedError(
-                f"{self.where}: site.max_candidates: the request has {len(answers)}, allowed are {limit}"
-            )
+            raise RefusedError(f"{self.where}: site.max_candidates: the request has {size}, allowed are {limit}")
         if isinstance(request, Fit) and self.site.epsilon_per_prompt is not None:
             raise RefusedError(
                 f"{self.where}: site.epsilon_per_prompt: a calibration tells exact means; remove it, or leave this run"
@@ -138,6 +167,14 @@ class Gate:
         if (longest := longest_text(request)) > self.site.max_text_length:
             limit = self.site.max_text_length
             raise RefusedError(f"{self.where}: site.max_text_length: a text has {longest}, allowed are {limit}")
+
+    def fits(self, request: Request[Any], algorithm: Algorithm, client: Learner) -> None:
+        """Let in what the model is to compute with. Raises RefusedError if its tensors are not the contract's."""
+        if not isinstance(request, (Train, Evaluate, Differentiate)):
+            return
+        wrong = unfit(request, algorithm, shared_shapes(client.policy), num_objectives=len(client.objectives))
+        if wrong:
+            raise RefusedError(f"{self.where}: malformed request: {wrong}")
 
     def afford(self, request: Request[Any], ledger: Path) -> None:
         """Raises RefusedError if an answer would spend more than is left of the budget of noise."""
@@ -155,6 +192,16 @@ class Gate:
 
         `what` names the question (run, round, exchange, digest): with the member's secret, the key of the noise.
         """
+        if type(reply) is not request.reply:
+            found, expected = type(reply).__name__, request.reply.__name__
+            raise RefusedError(
+                f"{self.where}: the algorithm answers {request.verb!r} with {found}, expected {expected}"
+            )
+        if isinstance(reply, (Scored, Examined, Fitted)) and self.budget and self.site.epsilon_per_prompt is None:
+            raise RefusedError(
+                f"{self.where}: site.noise_multiplier: its epsilon does not cover what a judge says; "
+                "set site.epsilon_per_prompt too, or leave this run"
+            )
         if isinstance(reply, Averaged):
             reply = replace(reply, weight=min(reply.weight, self.site.max_weight or float("inf")))
         if isinstance(reply, Trained):
@@ -209,5 +256,5 @@ class Gate:
             norm = delta_norm(start, adapter, names)
             if norm > self.site.clip_norm:
                 scale = self.site.clip_norm / norm
-                result |= {name: start[name] + (adapter[name] - start[name]) * scale for name in names}
+                result |= {name: shortened(start[name], adapter[name], scale) for name in names}
         return result

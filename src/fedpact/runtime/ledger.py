@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedpact.errors import StoreError
+from fedpact.faults import fault_point
 from fedpact.runtime.envelope import START
 from fedpact.runtime.files import append_durably, json_line, make_private, storing, sync_folder
 
@@ -90,7 +91,9 @@ class Ledger:
         head, line = _chained({**fields, "prev": self._seen.head})
         if not self._seen.whole:
             line = b"\n" + line
+        fault_point("ledger.append")
         append_durably(self.path, line)
+        fault_point("ledger.appended")
         self._seen = _Scan(head, self._seen.entries + 1, b"", True, self._seen.size + len(line))
         return head
 

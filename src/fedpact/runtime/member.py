@@ -14,11 +14,13 @@ import torch
 from fedpact.algorithms.base import Algorithm
 from fedpact.core.lora import initial_adapter
 from fedpact.errors import ConfigError, DataError, FedPactError, RefusedError
+from fedpact.faults import fault_point
 from fedpact.messages import Differentiate, Evaluate, Evaluated, Hello, Introduced, Reply, Request, Train, Trained
 from fedpact.policy.lora_policy import LoraPolicy
 from fedpact.policy.model import resolve
 from fedpact.rewards.answers import AnswerKey
-from fedpact.runtime.adapters import for_rank, private_part
+from fedpact.runtime.adapters import completed, for_rank, private_part
+from fedpact.runtime.admission import Limits, admit
 from fedpact.runtime.client import ClientSide
 from fedpact.runtime.client_config import ClientConfig
 from fedpact.runtime.codec import decode, encode
@@ -79,6 +81,7 @@ class Member:
         """The answer to an envelope, both as bytes. Raises FedPactError; then nothing is sent."""
         envelope = decode(Envelope, data)
         digest = envelope.digest()
+        fault_point("member.opened")
         try:
             self.gate.enter(envelope.verb, envelope.contract, self.accepted)
             request = envelope.open()
@@ -96,15 +99,15 @@ class Member:
         if spent := self.gate.spent(request):
             what["counts"] = spent
         self._note(envelope, digest, data, decision="sent", **what)  # first the line, then the reply
+        fault_point("member.noted")
         return wrap(envelope, reply, head=self.ledger.head)
 
     def _reply(self, envelope: Envelope, request: Request[Any], digest: str) -> bytes:
         if isinstance(request, Hello):
-            return encode(self.gate.leave(request, self.hello(request)))
-        if self.contract is not None and not 0 <= envelope.round <= self.contract.rounds:
-            raise RefusedError(
-                f"{self.where}: a request of round {envelope.round}; the accepted contract has {self.contract.rounds}"
-            )
+            introduced = self.gate.leave(request, self.hello(request))
+            self.gate.run = envelope.run
+            return encode(introduced)
+        self.gate.place(envelope, self.contract)
         self.gate.open(request, None if self.contract is None else self._algorithm())
         # asked again: the same bytes, and nothing is computed or spent twice
         cached = self.store.cached(digest)
@@ -208,8 +211,10 @@ class Member:
         if isinstance(request, Differentiate) and not self.gate.shares_gradients:
             reply: Reply = withheld(request, len(client.objectives))
         elif isinstance(request, Evaluate) and "server" not in algorithm.needs:
+            self.gate.fits(request, algorithm, client)
             reply = client.evaluate(request, self.heldout)
         elif hasattr(algorithm, request.verb):
+            self.gate.fits(request, algorithm, client)
             reply = algorithm.answer(request, client)
         else:
             raise RefusedError(f"{self.where}: {algorithm.model_dump().get('name')} sends no {request.verb!r} requests")
@@ -221,7 +226,9 @@ class Member:
         assert self.contract is not None
         factor = self.contract.training.factor(envelope.round)
         question = (envelope.run, envelope.round, envelope.exchange, digest)
-        data = encode(self.gate.leave(request, reply, factor=factor, what=question))
+        reply = self.gate.leave(request, reply, factor=factor, what=question)
+        admit(completed(reply, request, factor), Limits(len(client.objectives)), request)  # or it stays here
+        data = encode(reply)
         self.store.save((envelope.round, envelope.exchange), client.memory, digest, data)
         if envelope.since is not None:
             self.store.prune(envelope.since)

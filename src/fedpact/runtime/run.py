@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from fedpact import __version__
 from fedpact.core.server_optimizer import server_step
 from fedpact.errors import ConfigError, InadmissibleError, StoreError, TooFewRepliesError
+from fedpact.faults import fault_point
 from fedpact.messages import Hello, Introduced
 from fedpact.runtime.adapters import refuse_rank
 from fedpact.runtime.admission import Limits, admit, max_bytes
@@ -119,6 +120,7 @@ class Run:
 
         `until` ends it after that round, without exports.
         """
+        fault_point("run.introduced")
         latest = self.folder.latest_round()
         if latest is None:
             adapter, memory = self.start.adapter, Memory()
@@ -143,6 +145,7 @@ class Run:
         exports = self.config.algorithm.exports(adapter, memory)
         for name, exported in sorted(exports.items(), key=lambda one: one[0] == "final"):  # last: it says "finished"
             self.folder.write_final(name, exported, self.start.adapter_config, self._card(clients))
+        fault_point("run.finished")
 
     def _round(self, number: int, adapter: Adapter, memory: Memory, clients: Mapping[ClientId, Introduced]) -> Adapter:
         one = Round(
@@ -176,12 +179,14 @@ class Run:
                 federation=self.config.federation,
             )
             adapter = self._stepped(adapter, self.config.algorithm.server(adapter, side), memory)
+            fault_point("run.aggregated")
             for name in ("sampler_gap", "averaging_error"):
                 if getattr(side, name) is not None:
                     side.log(**{name: getattr(side, name)})
         if number % self.config.evaluation.every == 0 or number == self.config.rounds:
             score = evaluate(one, self.config, adapter, clients, self.trainer)
             adapter = self._gated(one, adapter, score)
+            fault_point("run.evaluated")
         if maps_conflicts(self.config, clients, number):
             conflicts(one, self.config, adapter, clients)
         self.folder.commit(
@@ -200,6 +205,7 @@ class Run:
             },
             metrics=one.metrics,
         )
+        fault_point("run.committed")
         self.since, self.norms = one.since, one.norms
         self.observer.round_done(number, one.metrics)
         return adapter

@@ -82,11 +82,12 @@ class RunFolder:
         return folder
 
     def discard(self) -> None:
-        """Removes the folder of a run that never began, the lock last: where this is cut short, `create` takes it."""
-        self._require_lock()
+        """Removes the folder of a run that never began, its lock last: where this is cut short, `create` takes it."""
         for path in self.path.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != ".lock":
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:

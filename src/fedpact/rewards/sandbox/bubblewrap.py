@@ -42,19 +42,19 @@ class Bubblewrap:
         return from_lasting_thread(lambda: self._start(interpreter().command(program, limits)))
 
     def _start(self, command: list[str]) -> _Wrapped:
-        filter_fd, told_fd = _holding(syscalls.assemble(while_starting=True)), os.pipe()
-        given = ["--seccomp", str(filter_fd), "--info-fd", str(told_fd[1]), "--", *command]
-        try:
-            process = subprocess.Popen(
-                [self.program, *_view(interpreter()), *given],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                bufsize=0, env={}, cwd="/", pass_fds=[filter_fd, told_fd[1]],
-            )  # fmt: skip
-        finally:
-            os.close(filter_fd)
-            os.close(told_fd[1])
-            told = os.fdopen(told_fd[0], "rb")
-        with told:
+        filter_fd, (told_fd, telling_fd) = _holding(syscalls.assemble(while_starting=True)), os.pipe()
+        given = ["--seccomp", str(filter_fd), "--info-fd", str(telling_fd), "--", *command]
+        with os.fdopen(told_fd, "rb") as told:
+            try:
+                process = subprocess.Popen(
+                    [self.program, *_view(interpreter()), *given],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, env={},
+                    # A group of its own: Ctrl-C is for the caller, who then ends it.
+                    cwd="/", process_group=0, pass_fds=[filter_fd, telling_fd],
+                )  # fmt: skip
+            finally:
+                os.close(filter_fd)
+                os.close(telling_fd)
             text = told.read()  # to its end: bwrap closes it once the namespaces stand
         assert process.stdin is not None
         assert process.stdout is not None

@@ -20,6 +20,7 @@ NONCE_BYTES = 16
 def serve(max_bytes: int) -> None:
     """Replies to one request after the other until the pipe is closed."""
     receive, send = open_pipes()
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # usually there, by `site`
     candidate = Candidate(max_bytes)
     while True:
         request = receive()

@@ -7,12 +7,14 @@ import select
 import time
 from collections.abc import Iterator
 
-from fedpact.rewards.sandbox.attacks import ATTACKS, Attack
+from fedpact.rewards.sandbox.attacks import COMMON_ATTACKS, Attack
 from fedpact.rewards.sandbox.jail import Confined, Jail, Limits
+from fedpact.rewards.sandbox.rare_attacks import RARE_ATTACKS
 from fedpact.rewards.sandbox.scene import Scene, Trace
 
 __all__ = ["ATTACKS", "ATTACK_LIMITS", "RUNNER", "Attack", "Scene", "converse", "stopped"]
 
+ATTACKS = (*COMMON_ATTACKS, *RARE_ATTACKS)
 ATTACK_LIMITS = Limits(seconds=10.0, cpu_seconds=1, memory_mb=256)
 
 # Says that it is up, runs what it is sent (its length in decimal, a line end, the text), says that it is through, and

@@ -121,8 +121,7 @@ class Candidate:
 def run_tests(candidate: Candidate, tests: Channel, program: str, task: Task, free: Free, go_on: bool) -> Grade:
     """The grade of `program` by `task.tests`, which run in `tests`; they can be used again unless this raises.
 
-    Raises BrokenTestsError where the tests fail by themselves, LateError where strange values keep them busy, and what
-    `Candidate.ask` raises if it comes to that while the program is loaded.
+    Raises BrokenTestsError where the tests fail by themselves, and LateError where strange values keep them busy.
     """
     if refused := _load(candidate, task.prompt, program):
         return refused
@@ -193,8 +192,10 @@ def _load(candidate: Candidate, prompt: str, program: str) -> Grade | None:
         reply = candidate.ask(b"L" + encode((prompt, program)))
     except GoneError:
         return Grade(Outcome.FAIL, reason=_GONE)
+    except (LateError, FloodError) as error:
+        return limit_of(error)
     if reply == b"m":
-        raise FloodError
+        return limit_of(FloodError())
     return None if reply[:1] == b"v" else Grade(Outcome.FAIL, reason="it cannot be loaded")
 
 

@@ -25,7 +25,7 @@ _MAX_USES = 50
 
 
 class Pool:
-    """Starts processes in `jail`, keeps `size` of each kind waiting, and kills all in `close` or when it is dropped.
+    """Starts processes in `jail`, keeps `size` waiting for candidates, and kills all in `close` or when it is dropped.
 
     `limits.seconds` are for one candidate, and whoever asks for a channel watches them; a process may wait for an hour.
     Threads may share a pool; a process that is forked off gets one of its own.
@@ -96,7 +96,7 @@ class Pool:
             channel = self._started(program)
             if not self._answers(channel):
                 raise OSError(f"{self._jail.name}: the interpreter ended, or did not answer in {START_S:g} s")
-        if len(waiting) < self._size:
+        if len(waiting) < (1 if program == tests_program() else self._size):
             with contextlib.suppress(OSError):  # whoever needs it will try again, and say what is wrong
                 ahead = self._started(program)
                 with self._lock:
@@ -123,7 +123,8 @@ class Pool:
             return False
 
     def _kill(self, channel: Channel) -> None:
-        channel.kill()
+        with contextlib.suppress(OSError):
+            channel.kill()
         with self._lock:
             self._all.discard(channel)
 

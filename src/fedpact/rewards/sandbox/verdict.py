@@ -114,6 +114,13 @@ ATTACKS = (
         "    except OSError:\n        pass\ndef answer(x):\n    return x\n",
     ),
     Attack(
+        "has a descriptor that is not its own",
+        "import os\ndef answer(x):\n    found = []\n    for number in range(5, 256):\n        try:\n"
+        "            os.fstat(number)\n            found.append(number)\n        except OSError:\n            pass\n"
+        "    return found\n",
+        tests=("assert answer(3) != []",),
+    ),
+    Attack(
         "reads another candidate's answer",
         f"{_SEARCH}\nheld = [search('token-')]\ndef answer(x):\n    return held[0]\n",
         before=f"def answer(x):\n    return {TOKEN!r}\n",
@@ -128,9 +135,13 @@ ATTACKS = (
         f"{_INSIDE}\ndef answer(x):\n    inside().f_globals['encode'] = lambda *args: b't2:o0;n'\n    return x\n",
     ),
     Attack(
-        "says that its function is an object",
-        f"{_INSIDE}\ndef answer(x):\n    here = inside()\n    if here:\n"
-        "        here.f_locals['candidate'].value = lambda value, args: b'oi0;'\n    return x\n",
+        "is another value whenever it is looked at",
+        f"{_INSIDE}\nclass Shifting:\n    size = property(lambda self: self.__dict__.setdefault('n', []).append(1)"
+        " or len(self.n))\ndef answer(x):\n    here = inside()\n    if here:\n"
+        "        here.f_locals['candidate'].objects.append(Shifting())\n"
+        "        here.f_locals['candidate'].value = lambda value, args: b'oi0;'\n    return Shifting()\n",
+        tests=("x = answer(3)\nassert x.size == 1\nassert x.size == 2",),
+        classic=True,
     ),
     Attack(
         "returns an integer and a string that lie",
