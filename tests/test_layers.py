@@ -20,7 +20,8 @@ ALLOWED = {
     "runtime": BOTTOM | {"core", "policy", "algorithms", "rewards", "tasks"},
     "report": {"errors", "screen"},
     "edge": BOTTOM | {"core", "policy", "algorithms", "rewards", "tasks", "runtime"},
-    "cli": BOTTOM | {"core", "policy", "algorithms", "rewards", "tasks", "runtime", "report", "edge"},
+    "audit": BOTTOM | {"core", "policy", "algorithms", "rewards", "tasks", "runtime", "report", "edge"},
+    "cli": BOTTOM | {"core", "policy", "algorithms", "rewards", "tasks", "runtime", "report", "edge", "audit"},
 }
 
 

@@ -47,8 +47,13 @@ def same(one: Outcome, other: Outcome) -> bool:
 def test_remembered_replies_change_nothing(honest: Outcome, bench: Bench, config: RunConfig, tmp_path: Path) -> None:
     assert any((bench.scratch / "replies").iterdir())
     assert same(honest, bench.trial(config)) and same(honest, Bench(bench.path, tmp_path).trial(config))
-    longer = changed(config, {"rounds": 2}, where="")
-    assert same(bench.trial(longer), Bench(bench.path, tmp_path).trial(longer))
+
+
+@pytest.mark.slow
+def test_a_member_whose_first_reply_is_remembered_has_its_memory_too(bench: Bench, tmp_path: Path) -> None:
+    config = short(load_run(bench.path, settings("scaffold")[1::2]), 2, 7, where="")
+    fresh = bench.trial(config)
+    assert not fresh.ended and same(bench.trial(config), fresh)  # round 2 begins with the control variate of round 1
 
 
 def test_a_nan_is_refused_by_name_and_does_what_absence_does(honest: Outcome, bench: Bench, config: RunConfig) -> None:
@@ -73,6 +78,7 @@ def test_a_run_that_one_absence_ends_is_told(bench: Bench, config: RunConfig) ->
     assert "federation.min_replies" in found.ended
 
 
+@pytest.mark.slow
 def test_shared_sketches_give_their_prompts_away_and_withheld_ones_do_not(bench: Bench) -> None:
     config, sketches = load_run(bench.path), {"evaluation.conflicts": True}
     shared, _ = _guesses(bench, config, Setting("", sketches, listens="differentiate"), seed=7, norm=1.0)
@@ -85,6 +91,7 @@ def test_trials_leave_nothing_but_remembered_replies(honest: Outcome, bench: Ben
     assert [one.name for one in bench.scratch.iterdir()] == ["replies"]
 
 
+@pytest.mark.slow
 def test_a_lying_judge_changes_what_the_server_learns(bench: Bench, tmp_path: Path) -> None:
     config = short(load_run(bench.path, settings("fedgrpo")[1::2]), 1, 7, where="")
     fresh = Bench(bench.path, tmp_path)

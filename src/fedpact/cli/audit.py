@@ -87,6 +87,9 @@ def _notes(rounds: int, seeds: int) -> list[str]:
         "changes of held-out means against honest runs under the same defence; how far the adapter is off is in "
         "lengths of the honest run's way.",
         "Reward hacker: means over held-out prompts; a hack that pays is one that training may find.",
+        "Curious server: which prompts were in the batch of the first local step, and which were held out? Reply by reply, "
+        "with the public model and the contract's seed, by which it draws the very completions that the member drew; "
+        "Adam's first step leaves it hardly more than the signs of the gradient, SGD all of it.",
         NO_PROOF,
     ]
 

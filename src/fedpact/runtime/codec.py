@@ -115,6 +115,8 @@ def _pack(hint: Any, value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             if not isinstance(name, str):
                 raise TypeError(f"{path}: found the key {_show(name)}, expected a string")
         return {name: _pack(arguments[1], item, _join(path, name), tensors) for name, item in value.items()}
+    if _texts(arguments, value):
+        return list(value)
     items = _items(origin, arguments, len(value), path)
     return [_pack(h, item, _join(path, i), tensors) for i, (h, item) in enumerate(zip(items, value, strict=True))]
 
@@ -199,7 +201,8 @@ def _kind(value: Any) -> str:
 def _texts(arguments: tuple[Any, ...], values: Sequence[Any]) -> bool:
     """Whether this is a list of texts alone and may be one: there can be very many, and nothing is to be done."""
     some = arguments[0] if len(arguments) == 1 or arguments[-1] is Ellipsis else None
-    return str in (some, *get_args(some)) and set(map(type, values)) <= {str}
+    arms = get_args(some) if get_origin(some) in (Union, UnionType) else (some,)
+    return str in arms and set(map(type, values)) <= {str}
 
 
 def _items(origin: Any, arguments: tuple[Any, ...], length: int, path: str) -> Sequence[Any]:

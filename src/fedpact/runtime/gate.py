@@ -5,6 +5,8 @@ A ceiling refuses; it never changes a request, because a clamped member would ru
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,11 +65,17 @@ class Gate:
         self.budget: Budget | None = None
         if site.noise_multiplier is not None:
             self.budget = Budget(site.noise_multiplier, site.delta, site.epsilon)
+        self.seed = 0
+        """The accepted contract's."""
         self.trained_on = 0
         """Completions behind a mean of a training reply, under the accepted contract."""
         self.run: str | None = None
         """The run that last said hello."""
         self._trained: dict[tuple[str, int], set[str]] = {}
+
+    def kept_under(self, digest: str) -> str:
+        """The name of a cached reply: this request's, under these settings; under others it is worked out anew."""
+        return hashlib.sha256((digest + self.site.model_dump_json()).encode()).hexdigest()
 
     @property
     def shares_gradients(self) -> bool:
@@ -106,6 +114,7 @@ class Gate:
             raise RefusedError(
                 f'{self.where}: site.share: the algorithm asks for compressed gradients; add "gradients", or decline'
             )
+        self.seed = contract.seed
         each = contract.training.prompts_per_step * contract.rollout.num_generations
         self.trained_on = (local_steps or 1) * each
         return contract
@@ -157,6 +166,11 @@ class Gate:
         if (size := max(len(answers), len(request.prompts))) > self.site.max_candidates:
             limit = self.site.max_candidates
             raise RefusedError(f"{self.where}: site.max_candidates: the request has {size}, allowed are {limit}")
+        if self.budget is not None and self.site.epsilon_per_prompt is None:
+            raise RefusedError(
+                f"{self.where}: site.noise_multiplier: its epsilon does not cover ratings; set site.epsilon_per_prompt "
+                "as well, or leave this run"
+            )
         if isinstance(request, Fit) and self.site.epsilon_per_prompt is not None:
             raise RefusedError(
                 f"{self.where}: site.epsilon_per_prompt: a calibration tells exact means; remove it, or leave this run"
@@ -212,32 +226,41 @@ class Gate:
         if isinstance(reply, Scored) and isinstance(request, Score) and self.site.epsilon_per_prompt is not None:
             reply = replace(reply, rewards=self._noisy(request, reply.rewards))
         if isinstance(reply, Examined) and isinstance(request, Examine) and self.site.epsilon_per_prompt is not None:
-            budget, secret = self.site.epsilon_per_prompt, member_secret(self.home)
+            budget, secret = self.site.epsilon_per_prompt, self._secret()
             reply = Examined(noisy_bits(request, reply.prefers_first, budget, secret))
+        reply = enough(reply, self.min_samples, trained_on=self.trained_on)
         if self.budget is not None:
             reply = bare(reply)
-        reply = enough(reply, self.min_samples, trained_on=self.trained_on)
         reply = shared(reply, self.share, self.site.metrics, digits=None if self.simulation else DIGITS)
         if self.budget is not None and isinstance(reply, Trained):  # known from settings and rounds alone
             epsilon = self.budget.after_next(self.home / "ledger.jsonl")
             reply = replace(reply, metrics={**reply.metrics, "epsilon": float(f"{epsilon:.4g}")})
         return reply
 
+    def _secret(self) -> bytes:
+        """The key of this member's noise. A simulation's is public, so that the same seed gives the same bytes."""
+        if self.simulation:
+            return hashlib.sha256(json.dumps(["no secret", self.seed, self.home.name]).encode()).digest()
+        return member_secret(self.home)
+
     def _noised(self, sent: Adapter, adapter: Adapter, what: Sequence[str | int]) -> Adapter:
         assert self.site.clip_norm is not None and self.site.noise_multiplier is not None
-        return noised(
-            sent,
-            adapter,
-            clip_norm=self.site.clip_norm,
-            noise_multiplier=self.site.noise_multiplier,
-            secret=member_secret(self.home),
-            what=what,
-        )
+        try:
+            return noised(
+                sent,
+                adapter,
+                clip_norm=self.site.clip_norm,
+                noise_multiplier=self.site.noise_multiplier,
+                secret=self._secret(),
+                what=what,
+            )
+        except ValueError as error:
+            raise RefusedError(f"{self.where}: site.noise_multiplier: {error}; nothing was sent") from error
 
     def _noisy(self, request: Score, rewards: Tensor) -> Tensor:
         assert self.site.epsilon_per_prompt is not None
         try:
-            return noisy_ratings(request, rewards, self.site.epsilon_per_prompt, member_secret(self.home))
+            return noisy_ratings(request, rewards, self.site.epsilon_per_prompt, self._secret())
         except ValueError as error:
             raise RefusedError(
                 f"{self.where}: site.epsilon_per_prompt: {error}; use rewards of 0 and 1, or send exact ones"

@@ -110,7 +110,7 @@ class Member:
         self.gate.place(envelope, self.contract)
         self.gate.open(request, None if self.contract is None else self._algorithm())
         # asked again: the same bytes, and nothing is computed or spent twice
-        cached = self.store.cached(digest)
+        cached = self.store.cached(self.gate.kept_under(digest))
         if cached is None:
             self.gate.afford(request, self.ledger.path)
         return cached or self._answer(envelope, request, digest)
@@ -229,7 +229,7 @@ class Member:
         reply = self.gate.leave(request, reply, factor=factor, what=question)
         admit(completed(reply, request, factor), Limits(len(client.objectives)), request)  # or it stays here
         data = encode(reply)
-        self.store.save((envelope.round, envelope.exchange), client.memory, digest, data)
+        self.store.save((envelope.round, envelope.exchange), client.memory, self.gate.kept_under(digest), data)
         if envelope.since is not None:
             self.store.prune(envelope.since)
         return data

@@ -11,10 +11,8 @@ import signal
 import socket
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from fedpact.rewards.sandbox.interpreter import interpreter
 from fedpact.rewards.sandbox.jail import Confined, Limits
@@ -66,14 +64,8 @@ def links(pid: int) -> list[str]:
     return found
 
 
-@dataclass(slots=True)
 class Trace:
     """One attacked process, seen from outside."""
-
-    pid: int
-    stdout: IO[bytes]
-    output: bytes = b""
-    first_namespace: str = ""
 
     def __init__(self, confined: Confined) -> None:
         self.pid, self.stdout, self.output = confined.pid, confined.stdout, b""

@@ -45,7 +45,7 @@ _INSIDE = """
 def inside():
     import sys
     frame = sys._getframe()
-    while frame and "request" not in frame.f_locals:
+    while frame and "send" not in frame.f_locals:
         frame = frame.f_back
     return frame
 """
@@ -137,9 +137,9 @@ ATTACKS = (
     Attack(
         "is another value whenever it is looked at",
         f"{_INSIDE}\nclass Shifting:\n    size = property(lambda self: self.__dict__.setdefault('n', []).append(1)"
-        " or len(self.n))\ndef answer(x):\n    here = inside()\n    if here:\n"
-        "        here.f_locals['candidate'].objects.append(Shifting())\n"
-        "        here.f_locals['candidate'].value = lambda value, args: b'oi0;'\n    return Shifting()\n",
+        " or len(self.n))\nhere = inside()\nif here:\n    candidate = here.f_locals['candidate']\n"
+        "    candidate.objects.append(Shifting())\n    candidate.value = lambda value, args: b'oi0;'\n"
+        "def answer(x):\n    return Shifting()\n",
         tests=("x = answer(3)\nassert x.size == 1\nassert x.size == 2",),
         classic=True,
     ),
