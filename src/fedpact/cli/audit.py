@@ -23,6 +23,7 @@ from fedpact.audit.trial import Bench
 from fedpact.errors import ConfigError
 from fedpact.runtime.config import RunConfig, load_run
 from fedpact.runtime.files import atomic_write, json_bytes, make_private
+from fedpact.screen import say, shown
 
 RESULT = "audit.json"
 
@@ -46,7 +47,7 @@ def audit(
     try:
         for finding in _attacks(Bench(path, scratch, keep=out is not None), config, rounds, seeds):
             found.append(finding)
-            print(plain_line(finding), file=sys.stdout if live else sys.stderr, flush=True)
+            say(plain_line(finding), to=sys.stdout if live else sys.stderr)
         seconds = time.monotonic() - began
         about = {"run_file": str(path), "rounds": rounds, "seeds": seeds, "seconds": round(seconds, 1)}
         result = {**about, "notes": _notes(rounds, seeds), "findings": [one.dump() for one in found]}
@@ -62,8 +63,9 @@ def audit(
     if not live:
         _print_table(found)
     harm = sum(one.harm for one in found)
-    print(f"{harm} of {len(found)} lines show harm; {rounds} rounds, {seeds} seeds, {seconds:.0f} s")
-    print(*_notes(rounds, seeds), sep="\n")
+    say(f"{harm} of {len(found)} lines show harm; {rounds} rounds, {seeds} seeds, {seconds:.0f} s")
+    for note in _notes(rounds, seeds):
+        say(note)
 
 
 def _attacks(bench: Bench, config: RunConfig, rounds: int, seeds: int) -> Iterator[Finding]:
@@ -87,8 +89,8 @@ def _notes(rounds: int, seeds: int) -> list[str]:
         "changes of held-out means against honest runs under the same defence; how far the adapter is off is in "
         "lengths of the honest run's way.",
         "Reward hacker: means over held-out prompts; a hack that pays is one that training may find.",
-        "Curious server: which prompts were in the batch of the first local step, and which were held out? Reply by reply, "
-        "with the public model and the contract's seed, by which it draws the very completions that the member drew; "
+        "Curious server: which prompts were in the batch of the first local step, and which were held out? It has one "
+        "reply, the public model, and the contract's seed, by which it draws the very completions that the member did. "
         "Adam's first step leaves it hardly more than the signs of the gradient, SGD all of it.",
         NO_PROOF,
     ]
@@ -97,5 +99,5 @@ def _notes(rounds: int, seeds: int) -> list[str]:
 def _print_table(found: Sequence[Finding]) -> None:
     table = Table(*HEADER, title="audit", show_lines=False)
     for one in found:
-        table.add_row(*map(escape, one.row()), style="bold" if one.harm else None)
+        table.add_row(*(escape(shown(cell)) for cell in one.row()), style="bold" if one.harm else None)
     Console().print("\n", table, sep="")

@@ -17,15 +17,18 @@ from fedpact.cli.example import RUN_FILE, example_files
 from fedpact.cli.progress import Progress, traffic
 from fedpact.cli.records import head, summary
 from fedpact.edge.local import check_members, local_members, local_transport, resumed_transport
-from fedpact.errors import ConfigError, StoreError
+from fedpact.errors import CheckFailedError, ConfigError, StoreError
 from fedpact.messages import Evaluate
 from fedpact.report.page import write_report
 from fedpact.report.read import read_run
+from fedpact.rewards.sandbox.jail import available_jails
+from fedpact.rewards.sandbox.selftest import self_test
 from fedpact.runtime import launch
 from fedpact.runtime.config import load_run
 from fedpact.runtime.engines import Engines
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.store import RunFolder
+from fedpact.screen import say
 from fedpact.tasks.demo import write_demo
 from fedpact.tasks.warmstart import model_folder
 
@@ -146,19 +149,38 @@ def report(folders: Sequence[Path], out: Path | None) -> None:
     print(write_report(folders, out or folders[0] / "report.html", title=title))
 
 
-def doctor() -> None:
-    """What this machine has."""
+def doctor(*, attacks: bool = False) -> None:
+    """What this machine has; with `attacks`, whether its sandboxes hold. Raises CheckFailedError if none does."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, CPU only"
     print(f"fedpact {__version__}\ndevice: {device}, {torch.get_num_threads()} threads")
     for package in ("torch", "transformers", "peft", "safetensors"):
         print(f"{package} {version(package)}")
-    for extra, package in {"data": "datasets", "math": "math_verify", "gym": "reasoning_gym"}.items():
+    extras = {
+        "data": "datasets",
+        "math": "math_verify",
+        "gym": "reasoning_gym",
+        "http": "httpx",
+        "dp": "dp_accounting",
+        "code": "sandlock",
+    }
+    for extra, package in extras.items():
         try:
             found = version(package.replace("_", "-"))
         except PackageNotFoundError:
             found = f"missing; pip install 'fedpact[{extra}]'"
         print(f"extra {extra}: {package} {found}")
     import_module("fedpact.policy.lora_policy")
+    jails = available_jails()
+    print(f"sandboxes for code rewards: {', '.join(jail.name for jail in jails) or 'none; install bubblewrap'}")
+    if attacks:
+        reports = [self_test(jail) for jail in jails]
+        for report in reports:
+            held = sum(line.held for line in report.lines)
+            print(f"{report.jail}: {held} of {len(report.lines)} lines hold, {report.seconds:.1f} s")
+            for failure in report.failures:
+                say(f"  not: {failure}")
+        if not any(report.passed for report in reports):
+            raise CheckFailedError("no sandbox on this machine holds; code rewards will refuse to start")
     print("ok")
 
 

@@ -214,11 +214,13 @@ def algorithms(json: Json = False) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    attacks: Annotated[bool, typer.Option("--attacks", help="Attack the sandboxes for code rewards.")] = False,
+) -> None:
     """Say what this machine can do: device, versions, optional parts."""
     from fedpact.cli import commands
 
-    commands.doctor()
+    commands.doctor(attacks=attacks)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
