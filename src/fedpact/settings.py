@@ -21,7 +21,7 @@ class Settings(BaseModel):
 class LoraSettings(Settings):
     """The adapter's shape, under PEFT's names."""
 
-    r: PositiveInt = 16
+    r: int = Field(default=16, ge=1, le=65_536)
     """Rank."""
     lora_alpha: PositiveFloat = 32.0
     """The adapter's output is scaled by lora_alpha / r."""
@@ -38,7 +38,7 @@ class LoraSettings(Settings):
 class PrivateSettings(Settings):
     """An adapter of each member's own beside the shared one, on the same layers. It never leaves the member."""
 
-    r: PositiveInt = 4
+    r: int = Field(default=4, ge=1, le=65_536)
     """Rank."""
     lora_alpha: PositiveFloat = 8.0
     """The private adapter's output is scaled by lora_alpha / r."""
@@ -51,9 +51,9 @@ class PrivateSettings(Settings):
 class RolloutSettings(Settings):
     """How completions are sampled."""
 
-    num_generations: PositiveInt = 8
+    num_generations: int = Field(default=8, ge=1, le=65_536)
     """Completions for each prompt: the group. GRPO needs two at least."""
-    max_completion_length: PositiveInt = 256
+    max_completion_length: int = Field(default=256, ge=1, le=1_048_576)
     """Tokens."""
     max_prompt_length: PositiveInt | None = None
     """Tokens; a longer prompt loses its beginning. None: no limit."""

@@ -40,13 +40,13 @@ def init(folder: Path, *, demo: bool = False) -> None:
     if demo:
         path = write_demo(folder, model=model_folder())
         variants = folder / "variants.toml"
-        print(f"wrote {folder}: `fedpact run {path}`, or `fedpact compare {path} --variants {variants} --jobs 2`")
+        say(f"wrote {folder}: `fedpact run {path}`, or `fedpact compare {path} --variants {variants} --jobs 2`")
         return
     for name, text in example_files().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    print(f"wrote {folder}: set policy.model in {folder / RUN_FILE}, then `fedpact check {folder / RUN_FILE}`")
+    say(f"wrote {folder}: set policy.model in {folder / RUN_FILE}, then `fedpact check {folder / RUN_FILE}`")
 
 
 def check(path: Path, overrides: Sequence[str]) -> None:
@@ -58,14 +58,14 @@ def check(path: Path, overrides: Sequence[str]) -> None:
         clients = path.parent / config.simulation.clients
         members = local_members(clients, home=scratch, model=begin.model.path, engines=Engines())
         for line in check_members(config, members, begin):
-            print(line)
+            say(line)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     num_parameters = sum(rows * columns for rows, columns in begin.model.shapes.values())
     crosses = f"an adapter of {num_parameters:,} parameters crosses the network"
     if "server" in config.algorithm.needs:
         crosses = "candidate completions go out, ratings come back"
-    print(f"{path}: ready; {len(members)} members, {crosses}")
+    say(f"{path}: ready; {len(members)} members, {crosses}")
 
 
 def run(path: Path, out: Path | None, overrides: Sequence[str], transport: str) -> None:
@@ -86,7 +86,7 @@ def resume(out: Path) -> None:
     now = launch.versions()
     changed = [f"{name} {old} -> {now.get(name)}" for name, old in record["versions"].items() if now.get(name) != old]
     if changed:
-        print(f"versions differ from those that the run began with, and so may its bytes: {', '.join(changed)}")
+        say(f"versions differ from those that the run began with, and so may its bytes: {', '.join(changed)}")
     launch.resume(out, make=resumed_transport, observer=Progress(config.rounds))
     _finish(out)
 
@@ -103,9 +103,9 @@ def status(out: Path, *, as_json: bool) -> None:
         print(json.dumps({**about, "finished": record.finished, "latest": figures, "ledger": chain}, indent=2))
         return
     state = "finished" if record.finished else f"unfinished; `fedpact resume {out}` goes on"
-    print(f"{record.name}: {record.label}, round {record.done} of {record.rounds}, {state}")
+    say(f"{record.name}: {record.label}, round {record.done} of {record.rounds}, {state}")
     for key, value in figures.items():
-        print(f"  {key}: {value:.3f}")
+        say(f"  {key}: {value:.3f}")
     print(f"  ledger: {summary(entries)}")
 
 
@@ -140,13 +140,13 @@ def evaluate(out: Path, *, as_json: bool) -> None:
     for way, by_name in results.items():
         print(f"round {latest}, held-out means, {way}")
         for name, figures in by_name.items():
-            print(f"  {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+            say(f"  {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
 
 
 def report(folders: Sequence[Path], out: Path | None) -> None:
     """One page about some runs."""
     title = " and ".join(read_run(folder).name for folder in folders)
-    print(write_report(folders, out or folders[0] / "report.html", title=title))
+    say(str(write_report(folders, out or folders[0] / "report.html", title=title)))
 
 
 def doctor(*, attacks: bool = False) -> None:
@@ -186,4 +186,5 @@ def doctor(*, attacks: bool = False) -> None:
 
 def _finish(out: Path) -> None:
     page = write_report([out], out / "report.html", title=out.name)
-    print(f"traffic: {traffic(read_run(out))}\nadapter: {out / 'final'}\nreport: {page}")
+    for line in (f"traffic: {traffic(read_run(out))}", f"adapter: {out / 'final'}", f"report: {page}"):
+        say(line)

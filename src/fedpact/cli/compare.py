@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from fedpact import errors
 from fedpact.cli import commands
@@ -30,6 +31,8 @@ from fedpact.runtime import launch
 from fedpact.runtime.config import RunConfig
 from fedpact.runtime.files import atomic_write, json_bytes, make_private, storing
 from fedpact.runtime.toml import validated
+from fedpact.screen import say, shown
+from fedpact.secrets import masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ def _compare(
         print(json.dumps({"folder": str(out), **figures}, indent=2))
     else:
         _print_table(found)
-        print(f"table: {out / 'compare.md'}; figures: {out / PLAN}")
+        say(f"table: {out / 'compare.md'}; figures: {out / PLAN}")
     if failed:
         kinds = (errors.ConfigError, errors.RefusedError, errors.StoreError, errors.TooFewRepliesError)
         kind = next((kind for kind in kinds if kind.exit_code == failed[0].code), FedPactError)
@@ -107,6 +110,8 @@ def _compare(
 
 def one_run(out: Path, slug: str, name: str) -> None:
     """Begin or go on with one run of the plan in `out`; its folder's name is seed-<k>."""
+    if not re.fullmatch(r"seed-[0-9]{1,18}", name):
+        raise ConfigError(f"{name!r:.80}: expected seed- and a number")
     plan, folder, seed = read_plan(out), out / slug / name, int(name.removeprefix("seed-"))
     variant = next((one for one in plan["variants"] if one["slug"] == slug), None)
     if variant is None:
@@ -138,14 +143,14 @@ def _run_all(out: Path, folders: Mapping[tuple[str, int], Path], jobs: int, *, t
                     lines = folders[key].with_suffix(".log").read_text(errors="replace").splitlines()
                     state = f"done, {time.monotonic() - began:.0f} s"
                     if child.returncode != 0:
-                        reason = lines[-1].removeprefix("fedpact: ") if lines else "it said nothing"
+                        reason = masked(lines[-1]).removeprefix("fedpact: ") if lines else "it said nothing"
                         reason = reason if child.returncode > 0 else f"ended by signal {-child.returncode}"
                         failed.append(Failed(*key, child.returncode, reason))
                         state = f"failed: {reason}"
-                    print(f"[{ended}/{len(folders)}] {key[0]}, seed {key[1]}: {state}", file=to, flush=True)
+                    say(f"[{ended}/{len(folders)}] {key[0]}, seed {key[1]}: {state}", to=to)
                     for line in lines:
                         if line.startswith("dropped "):
-                            print(f"{key[0]}, seed {key[1]}: {line}", file=sys.stderr, flush=True)
+                            say(f"{key[0]}, seed {key[1]}: {line}", to=sys.stderr)
             time.sleep(0.02)
     except Stopped as stop:
         stop.remedy = "the same command"
@@ -171,9 +176,14 @@ def _print_table(found: Comparison) -> None:
     console = Console()
     if console.is_terminal:
         header, rows = comparison_table(found)
-        shown = Table(*map(escape, header), title="held-out means at the end")
+        table = Table(*(Column(_plain(name)) for name in header), title="held-out means at the end")
         for row in rows:
-            shown.add_row(*map(escape, row))
-        console.print("\n", shown, *map(escape, found.notes), sep="\n")
+            table.add_row(*map(_plain, row))
+        console.print("\n", table, *map(_plain, found.notes), sep="\n", highlight=False)
     else:
         print(comparison_markdown(found), end="")
+
+
+def _plain(text: str) -> Text:
+    """A name or a figure as it stands: no markup, no emoji codes, no control characters."""
+    return Text(shown(text))

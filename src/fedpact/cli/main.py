@@ -17,6 +17,8 @@ import typer
 from fedpact import __version__
 from fedpact.cli import site
 from fedpact.errors import FedPactError
+from fedpact.screen import say
+from fedpact.secrets import masked
 
 app = typer.Typer(
     name="fedpact",
@@ -250,13 +252,13 @@ def _usage_or_bug(error: Exception) -> None:
     if type(error).__name__ == "Abort":
         _fail("interrupted", 130)
     with tempfile.NamedTemporaryFile("w", prefix="fedpact-", suffix=".log", delete=False) as log:
-        traceback.print_exc(file=log)
-    _fail(f"internal error ({type(error).__name__}: {str(error)[:120]}); the traceback is in {log.name}", 1)
+        log.write(masked(traceback.format_exc()))
+    _fail(f"internal error ({type(error).__name__}: {masked(str(error))[:120]}); the traceback is in {log.name}", 1)
 
 
 def _fail(message: str, code: int) -> None:
     if message:  # none where help was all there is to say
-        print(f"fedpact: {message}", file=sys.stderr)
+        say(f"fedpact: {message}", to=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)

@@ -60,7 +60,7 @@ def slug_of(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._=+-]+", "-", name).strip("-.")[:80]
     if plain and plain == re.sub(r",? ", "-", name) and not plain.startswith("compare."):
         return plain
-    return f"{plain or 'variant'}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    return f"{plain or 'variant'}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:6]}"
 
 
 def planned(path: Path, out: Path, configs: Mapping[str, RunConfig], seeds: Sequence[int]) -> dict[str, Any]:

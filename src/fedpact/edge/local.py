@@ -95,5 +95,7 @@ def check_members(config: RunConfig, members: Mapping[ClientId, Member], begin: 
             refuse_rank(rank, config)
         except InadmissibleError as error:
             raise ConfigError(f"{member.where}: {error}") from error
-        lines.append(member.check(examples))
+        trusts = member.config.model.trust_remote_code
+        warning = "; warning: model.trust_remote_code runs the model folder's code" if trusts else ""
+        lines.append(member.check(examples) + warning)
     return lines

@@ -72,8 +72,9 @@ class FolderEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            self.model: Any = AutoModel.from_pretrained(path, use_safetensors=True).requires_grad_(False).eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            model: Any = AutoModel.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
+            self.model: Any = model.requires_grad_(False).eval()
         except Exception as error:  # transformers raises many types for a folder that is no model
             reason = (str(error).strip().splitlines() or [""])[0]
             raise ConfigError(

@@ -95,9 +95,10 @@ class ScalarModel:
 
         logging.disable_progress_bar()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            own = {"trust_remote_code": False}  # else transformers asks at the terminal whether to run a model's code
+            tokenizer = AutoTokenizer.from_pretrained(path, **own)
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+                path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **own
             )
             model = model.to(device).requires_grad_(False).eval()
         except Exception as error:  # transformers raises many types for a folder that is no model

@@ -47,7 +47,9 @@ _VERIFIER = _Verifier()
 
 def _start_child() -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from fedpact.rewards.verifier import _answer_lines; _answer_lines()"]
-    pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipe = subprocess.PIPE
+    # Nothing else: the child parses what a policy wrote, and needs no key.
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.defpath, "LC_ALL": "C.UTF-8"}
     child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
     if not _exchange(child, ""):  # imports before the first clock starts
         raise ConfigError("math_correct could not start math-verify; see the error above, then check its installation")

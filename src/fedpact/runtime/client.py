@@ -15,6 +15,7 @@ from fedpact.rewards.answers import AnswerKey
 from fedpact.rewards.load import LoadedReward
 from fedpact.runtime.files import storing
 from fedpact.runtime.learner import Learner
+from fedpact.secrets import masked
 from fedpact.types import Prompts
 
 
@@ -73,4 +74,4 @@ class ClientSide(Learner):
     def log(self, **metrics: float) -> None:
         line = {"round": self._round, "exchange": self._exchange, **metrics}
         with storing(self._log_path), self._log_path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(masked(json.dumps(line)) + "\n")

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from fedpact.errors import ConfigError
 from fedpact.messages import REQUESTS
-from fedpact.runtime.toml import read_toml, validated
+from fedpact.runtime.toml import Place, read_toml, validated
 from fedpact.settings import Settings
 
 Name = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -18,13 +18,13 @@ Name = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 class ModelSettings(Settings):
     """How a member runs the model: never what it computes."""
 
-    path: str | None = None
+    path: Place | None = None
     """The member's own copy of the contract's model. None: the run file's (in a simulation only)."""
     device: str = "auto"
     """"auto" takes a GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the frozen base; the adapter is float32."""
-    micro_batch_tokens: PositiveInt = 4096
+    micro_batch_tokens: int = Field(default=4096, ge=1, le=2**31 - 1)
     """Tokens in one forward and backward pass, and a sixteenth of those in one batch of sampling: bounds the memory."""
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, about a third more time."""
@@ -32,12 +32,20 @@ class ModelSettings(Settings):
     """Sample with the fused decoder where the model has the Llama layout; otherwise with transformers."""
 
 
+class MemberModelSettings(ModelSettings):
+    """What a member alone decides: in no run file and no contract."""
+
+    trust_remote_code: bool = False
+    """Run the Python files of the model folder, with this member's rights, when the model is loaded. Recorded in its
+    ledger. The contract's hash covers these files."""
+
+
 class PromptSettings(Settings):
     """A member's prompts."""
 
-    path: str
+    path: Place
     """JSONL, JSON, CSV or Parquet relative to the client file, a `datasets` id, or gym:NAME."""
-    heldout: str | None = None
+    heldout: Place | None = None
     """Prompts that are never trained on. None: `heldout_share` of `path`."""
     heldout_share: float = Field(default=0.1, gt=0, lt=1)
     """By a hash of the prompt, so that equal prompts lie on one side."""
@@ -134,7 +142,7 @@ class ClientConfig(Settings):
     """Letters, digits, ".", "_" and "-"."""
     task: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$", max_length=64)
     """Members of one task have comparable accuracies."""
-    model: ModelSettings = ModelSettings()
+    model: MemberModelSettings = MemberModelSettings()
     rank: PositiveInt | None = None
     """Train the adapter at this rank, smaller than the run's; the run needs `federation.averaging = "products"`."""
     prompts: PromptSettings | None = None

@@ -13,7 +13,7 @@ from fedpact.algorithms.base import Algorithm
 from fedpact.errors import ConfigError
 from fedpact.runtime.client_config import ModelSettings, PromptSettings, RewardSettings
 from fedpact.runtime.contradictions import refuse_contradictions
-from fedpact.runtime.toml import read_toml, toml_value, validated
+from fedpact.runtime.toml import Place, read_toml, toml_value, validated
 from fedpact.settings import (
     LoraSettings,
     LossSettings,
@@ -44,9 +44,9 @@ class ObjectiveSettings(Settings):
 class PolicySettings(Settings):
     """The model that is aligned."""
 
-    model: str
+    model: Place
     """A model folder (relative to the run file) or a Hugging Face id."""
-    adapter: str | None = None
+    adapter: Place | None = None
     """A PEFT adapter folder to start from. None: a fresh one, drawn from the seed."""
     lora: LoraSettings = LoraSettings()
     private: PrivateSettings | None = None
@@ -115,7 +115,7 @@ class ServerSettings(Settings):
     """Labelled examples: on them the members' judges are examined."""
     reference: str = "{answer}"
     """How a reference answer would stand in a completion, such as "<answer> {answer} </answer>"."""
-    encoder: str = "policy"
+    encoder: Place = "policy"
     """What embeds the questions: "policy" (its hidden states, adapter off), "tokens" (hashed words), or a model folder
     of the sentence-transformers kind."""
     model: ModelSettings = ModelSettings()
@@ -126,16 +126,16 @@ class ServerSettings(Settings):
     @classmethod
     def _has_a_place(cls, value: str) -> str:
         if "{answer}" not in value:
-            raise ValueError(f"found {value!r}; expected a text with {{answer}} in it")
+            raise ValueError(f"found {value!r:.80}; expected a text with {{answer}} in it")
         return value
 
 
 class SimulationSettings(Settings):
     """For runs on one machine."""
 
-    clients: str = "clients"
+    clients: Place = "clients"
     """Folder of client files, relative to the run file."""
-    num_threads: PositiveInt | None = None
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of the mathematics; part of what "the same bytes" depends on. None: torch's choice."""
 
 
@@ -201,8 +201,8 @@ class RunConfig(Settings):
 def parse_algorithm(data: Mapping[str, Any]) -> Algorithm:
     """The algorithm that an `[algorithm]` table describes. Raises ConfigError."""
     name = data.get("name")
-    if name not in table():
-        raise ConfigError(f"algorithm.name: found {name!r}; expected one of {', '.join(table())}")
+    if not isinstance(name, str) or name not in table():
+        raise ConfigError(f"algorithm.name: found {name!r:.80}; expected one of {', '.join(table())}")
     try:
         found = algorithm_class(str(name))
     except Exception as error:  # a third party's module may raise anything on import

@@ -12,7 +12,7 @@ from fedpact.core.lora import LoraLayer, adapter_shapes
 from fedpact.errors import ConfigError
 from fedpact.policy.lora_policy import EngineOptions, LoraPolicy
 from fedpact.policy.model import load_model, lora_layers, model_hash, resolve, skeleton_layers
-from fedpact.runtime.client_config import ModelSettings
+from fedpact.runtime.client_config import MemberModelSettings, ModelSettings
 from fedpact.runtime.config import PolicySettings
 from fedpact.runtime.contract import Contract
 from fedpact.settings import PrivateSettings
@@ -70,7 +70,8 @@ class Engines:
             device = settings.device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-            base = load_model(path, where=where, dtype=settings.dtype, device=device)
+            trusted = isinstance(settings, MemberModelSettings) and settings.trust_remote_code
+            base = load_model(path, where=where, dtype=settings.dtype, device=device, trust_remote_code=trusted)
             layers = [replace(layer, r=rank or layer.r) for layer in lora_layers(base.model, contract.lora)]
             private = contract.private
             self._policies[found] = LoraPolicy(

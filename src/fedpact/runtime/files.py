@@ -116,7 +116,7 @@ def read_folder(path: Path, *, remedy: str) -> dict[str, bytes]:
     lines = _read(path / MANIFEST, remedy).decode(errors="replace").splitlines()
     for line in lines:
         digest, _, name = line.partition("  ")
-        if len(digest) != 64 or not name or Path(name).name != name:
+        if len(digest) != 64 or not name or Path(name).name != name or "\0" in name:
             raise StoreError(f"{path / MANIFEST}: changed since it was written; {remedy}")
         files[name] = _read(path / name, remedy)
         if hashlib.sha256(files[name]).hexdigest() != digest:
@@ -154,6 +154,14 @@ def make_private(folder: Path) -> None:
         make_private(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
         sync_folder(folder.parent)
+
+
+def refuse_shared(folder: Path) -> None:
+    """Raises StoreError if everybody may write into `folder`: what lies there could be anybody's."""
+    with storing(folder):
+        mode = folder.stat().st_mode
+    if mode & 0o002:
+        raise StoreError(f"{folder}: everybody can write there (mode {mode & 0o7777:04o}); `chmod 700 {folder}`")
 
 
 def sync_folder(folder: Path) -> None:

@@ -159,6 +159,8 @@ class Member:
         if self.config.rank is not None and self.config.rank > contract.lora.r:
             raise ConfigError(f"{self.where}: rank: found {self.config.rank}; the run's adapter has {contract.lora.r}")
         self.contract, self.accepted = contract, contract_hash(request.contract)
+        if self.config.model.trust_remote_code:
+            self.ledger.append(contract=self.accepted, decision="trusted", reason="model.trust_remote_code")
         return Introduced(
             name=self.config.name,
             task=self.config.task,

@@ -250,6 +250,7 @@ class RunFolder:
                 raise ConfigError(f"{self.path}: exists already; continue it with {self._resume}, or name another")
 
     def _acquire(self) -> None:
+        files.refuse_shared(self.path)
         lock = self.path / ".lock"
         with storing(lock):
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedpact.screen import shown
 from fedpact.types import ClientId
 
 
@@ -14,6 +15,9 @@ class Failure:
     """Why a member sent no reply, in one line."""
 
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", shown(self.reason))
 
 
 class Transport(Protocol):
