@@ -102,7 +102,6 @@ NAMES = [
     ),
     *(
         "CON:",
-        "NUL.",
         "LPT1/",
         "aux:x",
         "x:y",

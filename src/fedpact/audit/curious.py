@@ -64,6 +64,8 @@ def guessed(heard: Heard, member: Member, contract: Contract, *, seeded: bool = 
         return None
     trained = _first_batch(heard, member, contract)
     candidates, size = _candidates(trained, member, contract)
+    if size == 0:
+        return None  # nothing to compare with
     sketches = isinstance(request, Differentiate)
     ridge = _RIDGE["sgd" if sketches else contract.optimizer.name]
 
@@ -115,7 +117,7 @@ def _candidates(trained: Prompts, member: Member, contract: Contract) -> tuple[P
     each = contract.training.prompts_per_step * contract.rollout.num_generations
     texts = [str(text) for text in trained.text]
     unlike = [row for row, text in enumerate(member.heldout.text) if str(text) not in texts]
-    size = max(1, min(len(trained), len(unlike), MOST_GRADIENTS // (2 * each)))
+    size = min(len(trained), len(unlike), max(1, MOST_GRADIENTS // (2 * each)))
     rows = [unlike[i] for i in permutation(len(unlike), contract.seed, member.config.name, "decoys")[:size]]
     both = [*trained.text[:size], *(member.heldout.text[row] for row in rows)]
     return Prompts(text=both, ids=torch.arange(len(both)), columns={}), size

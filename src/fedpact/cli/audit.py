@@ -47,7 +47,10 @@ def audit(
     try:
         for finding in _attacks(Bench(path, scratch, keep=out is not None), config, rounds, seeds):
             found.append(finding)
-            say(plain_line(finding), to=sys.stdout if live else sys.stderr)
+            if live:
+                say(plain_line(finding))
+            else:
+                say(f"{time.monotonic() - began:5.0f} s  {finding.attack} | {finding.defence}", to=sys.stderr)
         seconds = time.monotonic() - began
         about = {"run_file": str(path), "rounds": rounds, "seeds": seeds, "seconds": round(seconds, 1)}
         result = {**about, "notes": _notes(rounds, seeds), "findings": [one.dump() for one in found]}

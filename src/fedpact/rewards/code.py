@@ -74,9 +74,8 @@ class CodeTests:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.partial, self.max_infrastructure_errors = partial, max_infrastructure_errors
         self.outcomes: Counter[Outcome] = Counter()
-        self._grader = Grader(
-            _jail(sandbox), limits, workers=workers or cores, cache_size=cache_size, go_on=partial
-        )  # fmt: skip
+        jail = _jail(sandbox)
+        self._grader = Grader(jail, limits, workers=workers or cores, cache_size=cache_size, go_on=partial)
 
     def __call__(
         self,

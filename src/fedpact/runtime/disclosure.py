@@ -38,7 +38,8 @@ def shared(reply: Reply, share: Collection[str], metrics: Collection[str], *, di
     if isinstance(reply, Counted) and digits is not None:
         return replace(reply, domains=reply.domains.masked_fill(reply.domains < FEWEST_COUNTED, 0))
     if isinstance(reply, Differentiated):
-        return reply if "rewards" in share else replace(reply, rewards=reply.rewards * torch.nan)
+        told = reply.rewards if "rewards" in share else torch.full_like(reply.rewards, torch.nan)
+        return replace(reply, rewards=rounded(told, digits))
     if not isinstance(reply, (Trained, Evaluated)):
         return reply
     told = "accuracy" in share and reply.accuracy is not None
@@ -58,8 +59,13 @@ def shared(reply: Reply, share: Collection[str], metrics: Collection[str], *, di
     return replace(reply, metrics=named)
 
 
-def enough(reply: Reply, min_samples: int, *, trained_on: int) -> Reply:
-    """The reply without means and figures that rest on fewer completions; a training reply's rest on `trained_on`."""
+def enough(reply: Reply, min_samples: int, *, trained_on: int, batch: int | None = None) -> Reply:
+    """The reply without means and figures that rest on fewer completions.
+
+    A training reply's rest on `trained_on`, a measurement of gradients' on one `batch` (None: not known yet).
+    """
+    if isinstance(reply, Differentiated) and batch is not None and batch < min_samples:
+        return replace(reply, rewards=torch.full_like(reply.rewards, torch.nan))
     if isinstance(reply, Trained) and trained_on < min_samples:
         return replace(reply, rewards=torch.full_like(reply.rewards, torch.nan), accuracy=None, metrics={})
     if not isinstance(reply, Evaluated):

@@ -69,6 +69,8 @@ class Gate:
         """The accepted contract's."""
         self.trained_on = 0
         """Completions behind a mean of a training reply, under the accepted contract."""
+        self.batch: int | None = None
+        """Completions in one local step."""
         self.run: str | None = None
         """The run that last said hello."""
         self._trained: dict[tuple[str, int], set[str]] = {}
@@ -116,7 +118,7 @@ class Gate:
             )
         self.seed = contract.seed
         each = contract.training.prompts_per_step * contract.rollout.num_generations
-        self.trained_on = (local_steps or 1) * each
+        self.trained_on, self.batch = (local_steps or 1) * each, each
         return contract
 
     def enter(self, verb: str, contract: str, accepted: str | None) -> None:
@@ -228,7 +230,7 @@ class Gate:
         if isinstance(reply, Examined) and isinstance(request, Examine) and self.site.epsilon_per_prompt is not None:
             budget, secret = self.site.epsilon_per_prompt, self._secret()
             reply = Examined(noisy_bits(request, reply.prefers_first, budget, secret))
-        reply = enough(reply, self.min_samples, trained_on=self.trained_on)
+        reply = enough(reply, self.min_samples, trained_on=self.trained_on, batch=self.batch)
         if self.budget is not None:
             reply = bare(reply)
         reply = shared(reply, self.share, self.site.metrics, digits=None if self.simulation else DIGITS)
