@@ -33,6 +33,7 @@ from fedpact.rewards.length import (
 if TYPE_CHECKING:
     from fedpact.rewards.agreement import Agreement
     from fedpact.rewards.answers import AnswerKey
+    from fedpact.rewards.code import CodeTests, code_tests
     from fedpact.rewards.http import HttpJudge
     from fedpact.rewards.load import LoadedReward, RewardSet, load_reward
     from fedpact.rewards.outcome import Outcome
@@ -41,12 +42,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Agreement",
     "AnswerKey",
+    "CodeTests",
     "HttpJudge",
     "LoadedReward",
     "Outcome",
     "RewardModel",
     "RewardSet",
     "brevity",
+    "code_tests",
     "cosine_length",
     "exact_answer",
     "forbidden",
@@ -69,11 +72,13 @@ __all__ = [
 _LATER = {
     "Agreement": "agreement",
     "AnswerKey": "answers",
+    "CodeTests": "code",
     "HttpJudge": "http",
     "LoadedReward": "load",
     "Outcome": "outcome",
     "RewardModel": "reward_model",
     "RewardSet": "load",
+    "code_tests": "code",
     "load_reward": "load",
 }
 

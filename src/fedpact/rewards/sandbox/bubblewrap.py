@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from fedpact.rewards.sandbox import syscalls
-from fedpact.rewards.sandbox.interpreter import Interpreter, from_lasting_thread, interpreter
+from fedpact.rewards.sandbox.interpreter import ENVIRONMENT, Interpreter, from_lasting_thread, interpreter
 from fedpact.rewards.sandbox.jail import Jail, Limits
 
 
@@ -48,7 +48,8 @@ class Bubblewrap:
             try:
                 process = subprocess.Popen(
                     [self.program, *_view(interpreter()), *given],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, env={},
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    bufsize=0, env=ENVIRONMENT,
                     # A group of its own: Ctrl-C is for the caller, who then ends it.
                     cwd="/", process_group=0, pass_fds=[filter_fd, telling_fd],
                 )  # fmt: skip

@@ -54,6 +54,12 @@ def _tighten(limits, steps):
 T = TypeVar("T")
 
 
+FLAGS = ("-s", "-P", "-S", "-B")
+"""Not -I, which would ignore the seed; what else it ignores is not in `ENVIRONMENT`."""
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+"""All of it: a program that depends on the order of a set gets the same reward again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Interpreter:
     """What a jail must show: one program, its standard library, and the shared objects that they load."""
@@ -76,7 +82,7 @@ class Interpreter:
             ("RLIMIT_STACK", 8 << 20),
         )
         tighten = f"{_TIGHTEN}_tighten({own_limits!r}, {syscalls.assemble()!r})\ndel _tighten\n"
-        return [self.path, "-I", "-S", "-B", "-c", tighten + program]
+        return [self.path, *FLAGS, "-c", tighten + program]
 
 
 @functools.cache

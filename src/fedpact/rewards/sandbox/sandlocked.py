@@ -14,7 +14,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import IO, Any
 
-from fedpact.rewards.sandbox.interpreter import from_lasting_thread, interpreter
+from fedpact.rewards.sandbox.interpreter import ENVIRONMENT, from_lasting_thread, interpreter
 from fedpact.rewards.sandbox.jail import Jail, Limits
 
 # Beyond sandlock's own list. It refuses to forbid what it judges itself (`socket`, `connect`, `fork`, `unlink` and
@@ -57,6 +57,7 @@ class Sandlock:
             fs_denied=list(python.hidden),
             extra_deny_syscalls=_FORBIDDEN,
             clean_env=True,
+            env=ENVIRONMENT,
             no_coredump=True,
             max_open_files=32,
             max_processes=1,

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import IO
 
+from fedpact.rewards.sandbox.interpreter import ENVIRONMENT, FLAGS
 from fedpact.rewards.sandbox.jail import Limits
 
 
@@ -17,9 +18,14 @@ class Unconfined:
     name: str = "unsafe-none"
 
     def start(self, program: str, limits: Limits) -> _Process:
-        command = [sys.executable, "-I", "-S", "-B", "-c", program]
+        command = [sys.executable, *FLAGS, "-c", program]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, env={}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=ENVIRONMENT,
         )
         assert process.stdin is not None
         assert process.stdout is not None
