@@ -126,6 +126,11 @@ def test_a_jailed_program_talks_over_its_two_pipes(jail: Jail) -> None:
     confined.kill()
 
 
+def test_the_order_of_a_set_is_the_same_in_every_jail(jail: Jail) -> None:
+    answers = {heard(jail, "print(hash('order'))") for _ in range(3)}
+    assert len(answers) == 1
+
+
 def test_only_the_standard_descriptors_are_open(jail: Jail) -> None:
     leak = os.pipe()
     os.set_inheritable(leak[0], True)
@@ -139,7 +144,7 @@ def test_only_the_standard_descriptors_are_open(jail: Jail) -> None:
 
 def test_the_environment_names_nothing_of_ours(jail: Jail) -> None:
     names = set(json.loads(heard(jail, "import json, os\nprint(json.dumps(sorted(os.environ)))")))
-    assert names <= {"PWD", "LC_CTYPE"}
+    assert names <= {"PWD", "LC_CTYPE", "PYTHONHASHSEED"}
 
 
 def test_bubblewrap_shares_no_namespace_with_us() -> None:

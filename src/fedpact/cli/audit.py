@@ -28,9 +28,7 @@ from fedpact.screen import say, shown
 RESULT = "audit.json"
 
 
-def audit(
-    path: Path, overrides: Sequence[str], *, rounds: int, seeds: int, out: Path | None, as_json: bool
-) -> None:  # fmt: skip
+def audit(path: Path, overrides: Sequence[str], *, rounds: int, seeds: int, out: Path | None, as_json: bool) -> None:
     """Play every attack; nothing but `out` is written, where the trials' run folders and audit.json then stay.
 
     Raises ConfigError if the configuration cannot run, or `out` holds anything.

@@ -24,7 +24,6 @@ from fedpact.messages import (
     Examine,
     Examined,
     Fit,
-    Fitted,
     Reply,
     Request,
     Score,
@@ -137,10 +136,7 @@ class Gate:
 
         Raises RefusedError. Several trainings in one round share the ceiling of its steps.
         """
-        wrong = "" if contract is None else misplaced(envelope, contract.rounds)
-        if self.run is not None and envelope.run != self.run:
-            wrong = f"a request of run {ascii(envelope.run)[:40]}; hello was said by run {ascii(self.run)[:40]}"
-        if wrong:
+        if contract is not None and (wrong := misplaced(envelope, contract.rounds, self.run)):
             raise RefusedError(f"{self.where}: {wrong}")
         if contract is not None and envelope.verb == "train" and self.site.max_local_steps is not None:
             each = (contract.algorithm.get("local_steps") or 1) * contract.training.num_iterations
@@ -213,11 +209,6 @@ class Gate:
             raise RefusedError(
                 f"{self.where}: the algorithm answers {request.verb!r} with {found}, expected {expected}"
             )
-        if isinstance(reply, (Scored, Examined, Fitted)) and self.budget and self.site.epsilon_per_prompt is None:
-            raise RefusedError(
-                f"{self.where}: site.noise_multiplier: its epsilon does not cover what a judge says; "
-                "set site.epsilon_per_prompt too, or leave this run"
-            )
         if isinstance(reply, Averaged):
             reply = replace(reply, weight=min(reply.weight, self.site.max_weight or float("inf")))
         if isinstance(reply, Trained):
@@ -232,7 +223,7 @@ class Gate:
             reply = Examined(noisy_bits(request, reply.prefers_first, budget, secret))
         reply = enough(reply, self.min_samples, trained_on=self.trained_on, batch=self.batch)
         if self.budget is not None:
-            reply = bare(reply)
+            reply = bare(reply, judged=self.site.epsilon_per_prompt is not None)
         reply = shared(reply, self.share, self.site.metrics, digits=None if self.simulation else DIGITS)
         if self.budget is not None and isinstance(reply, Trained):  # known from settings and rounds alone
             epsilon = self.budget.after_next(self.home / "ledger.jsonl")

@@ -26,9 +26,11 @@ _BESIDE = {"scaffold": "control"}
 """What an algorithm's requests to train carry beside the adapter: a tensor for each of it, under this prefix."""
 
 
-def misplaced(envelope: Envelope, rounds: int) -> str:
-    """What is wrong with where a request says that it stands in a run of `rounds`; "" if nothing is."""
+def misplaced(envelope: Envelope, rounds: int, run: str | None) -> str:
+    """What is wrong with where a request says that it stands; "" if nothing is. `run` said hello; None: no matter."""
     here, since = (envelope.round, envelope.exchange), envelope.since
+    if run is not None and envelope.run != run:
+        return f"a request of run {ascii(envelope.run)[:40]}; hello was said by run {ascii(run)[:40]}"
     if not 0 <= envelope.round <= rounds:
         return f"a request of round {envelope.round}; the accepted contract has {rounds}"
     if not 0 <= envelope.exchange < _MOST_EXCHANGES:
