@@ -171,11 +171,13 @@ def members(unbroken: Unbroken, slow: Project) -> Iterator[Row]:
 def interrupted(unbroken: Unbroken) -> Iterator[Row]:
     """Ctrl-C twice, at random times and random intervals."""
     draw = random.Random(6)
-    for _ in range(6):
+    for number in range(8):
         out = unbroken.another()
-        before, between = draw.uniform(0.1, 1.2), draw.choice([0.0, 0.0005, 0.002, 0.01])
+        before, between = draw.uniform(0.05, 0.3 if number % 2 else 1.2), draw.choice([0.0, 0.0005, 0.002, 0.01])
         command = ["run", unbroken.made.run_file, "--out", out, *settings("fedmoa")]
         child = begun(unbroken.made, "fedmoa", out, command=command)
+        while number % 2 and not out.exists():  # in the short time in which there is a folder and no run yet
+            time.sleep(0.001)
         time.sleep(before)
         os.kill(child, signal.SIGINT)
         time.sleep(between)
@@ -187,7 +189,8 @@ def interrupted(unbroken: Unbroken) -> Iterator[Row]:
         lines = [line for line in said if line.startswith("fedpact: interrupted")]
         wrong += [] if lines == said and 1 <= len(said) <= 2 else ["expected a line for each"]
         wrong += [f"it took {took:.1f} s"] if (took := time.monotonic() - began) > 10 else []
-        what = f"Ctrl-C after {before:.2f} s and again {1000 * between:g} ms later"
+        since = "the folder" if number % 2 else "the start"
+        what = f"Ctrl-C {before:.2f} s after {since} and again {1000 * between:g} ms later"
         yield {"row": what, "code": code, "said": printed(out), "wrong": wrong + unbroken.finish(out)}
 
 

@@ -330,7 +330,7 @@ def faulty() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("kind", "count"), [("disk", 23), ("full", 5), ("permission", 3), ("members", 3), ("interrupted", 6)]
+    ("kind", "count"), [("disk", 23), ("full", 5), ("permission", 3), ("members", 3), ("interrupted", 8)]
 )
 def test_every_row_ends_as_it_should_and_can_be_gone_on_with(faulty, kind, count):
     rows = faulty[kind]

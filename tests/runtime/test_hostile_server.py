@@ -43,8 +43,9 @@ from fedpact.messages import (
 )
 from fedpact.runtime.budget import Budget, released
 from fedpact.runtime.client_config import SiteSettings
-from fedpact.runtime.codec import encode
+from fedpact.runtime.codec import decode, encode
 from fedpact.runtime.contract import contract_hash
+from fedpact.runtime.envelope import Answer
 from fedpact.runtime.gate import Gate
 from fedpact.runtime.gaussian import gaussian
 from fedpact.runtime.ledger import Ledger
@@ -245,7 +246,6 @@ def test_a_private_adapter_is_not_asked_for_by_name_and_shows_in_means_only(site
         assert "'private/" in refused(site, request, since=(1, 0))
     reply = site.send(Evaluate(site.adapter, personal=True), since=(1, 0))
     assert isinstance(reply, Evaluated) and reply.rewards.shape == (2,)
-    assert "'differentiate'" not in str(reply)
     raw = encode(reply)
     assert not any(tensor.numpy().tobytes() in raw for tensor in private.values())
 
@@ -280,9 +280,9 @@ def test_a_whole_gradient_is_only_for_those_who_share_gradients(sites, trains, c
     else:
         reply = trains.send(request, exchange=4)
         assert all(bool(t.isnan().all()) for t in (reply.gramian, reply.sketch, reply.rewards)) and reply.weight == 1
-    shares = sites.make("fedavg", share=("gradients",))
+    shares = sites.make("fedavg", "rollout.num_generations=8", "rollout.max_completion_length=5", share=("gradients",))
     reply = shares.send(request)
-    assert bool(reply.rewards.isnan().all())  # a mean of 2, and not shared
+    assert bool(reply.rewards.isnan().all())  # not shared
     assert bool(reply.gramian.isfinite().any())
 
 
@@ -314,9 +314,10 @@ def test_ratings_do_not_tell_whether_a_prompt_was_trained_on(judges):
 
 def test_the_same_request_again_gets_the_same_bytes(trains):
     envelope = trains.envelope(Train(trains.adapter), round=3)
-    first = trains.member.handle(encode(envelope))
+    first = decode(Answer, trains.member.handle(encode(envelope)))
     line = trains.last()
-    assert trains.member.handle(encode(envelope))[-2000:-200] == first[-2000:-200]
+    again = decode(Answer, trains.member.handle(encode(envelope)))
+    assert again.reply == first.reply and again.head != first.head
     assert (trains.last()["reply"], trains.last()["request"]) == (line["reply"], line["request"])
 
 
@@ -386,7 +387,7 @@ def test_the_same_round_with_another_adapter_has_fresh_noise_and_counts_twice(si
 
 def test_the_budget_stops_it_and_a_retry_of_what_was_paid_for_is_free(sites):
     pytest.importorskip("dp_accounting")
-    spent = [Budget(2.0, 1e-5).after_next(path) for path in [sites.make("fedavg").member.ledger.path]][0]
+    spent = Budget(2.0, 1e-5).after_next(sites.make("fedavg").member.ledger.path)
     noisy = sites.make("fedavg", **NOISE, epsilon=spent * 1.1)
     noisy.send(Train(noisy.adapter))
     says = refused(noisy, Train(moved(noisy.adapter)))
@@ -406,7 +407,7 @@ def test_under_noise_nothing_exact_leaves_beside_the_adapter(sites):
     assert held.weight == 1.0 and bool(held.rewards.isnan().all()) and held.accuracy is None
     judge = sites.make("fedgrpo", **NOISE)
     one = Prompts(["w1"], torch.arange(1), {})
-    assert "its epsilon does not cover what a judge says" in refused(judge, Score(one, torch.tensor([0]), ["w2"]))
+    assert "its epsilon does not cover ratings" in refused(judge, Score(one, torch.tensor([0]), ["w2"]))
     assert "does not cover" in refused(judge, Examine(one, ["w2"], ["w3"]))
 
 

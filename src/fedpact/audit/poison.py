@@ -20,6 +20,7 @@ from fedpact.runtime.envelope import Envelope
 from fedpact.runtime.transport import Failure
 
 HEAVY = 1e12
+NO_CAP = "without the weight cap"
 AGGREGATIONS = ("mean", "geometric_median", "trimmed_mean")
 
 Lie = Callable[[Trained, Train], Trained]
@@ -73,7 +74,7 @@ def defences(config: RunConfig) -> dict[str, dict[str, object]]:
     if federation.clip_factor < OFF or federation.clip_norm is not None:
         found["without the clip"] = no_clip
     if federation.max_share < OFF:
-        found["without the weight cap"] = no_cap
+        found[NO_CAP] = no_cap
     if evaluation.rollback is not None:
         found["without rollback"] = {"evaluation.rollback": None}
     for rule in AGGREGATIONS:
@@ -174,8 +175,8 @@ def poisoned(bench: Bench, config: RunConfig, *, rounds: int, seeds: int, leadin
                 "yardstick: the member stays away", defence, found, honest, leading, "what a loss of it costs"
             )
         for name, lie in lies(config).items():
-            if name in refused:
-                continue
+            if name in refused or (defence == NO_CAP and "weight" not in name):
+                continue  # who tells the truth about its weight is not what the cap is for
             found = Damage.between(_attacked(bench, variants, liars, tampering(lie)), honest, liars)
             if found.refused and not found.ended:
                 refused.add(name)

@@ -208,6 +208,21 @@ def verify(
 
 
 @app.command()
+def audit(
+    run: RunFile,
+    set_: Set = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each attacked run.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each attack.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the trials; by default they are removed.")] = None,
+    json: Json = False,
+) -> None:
+    """Attack this configuration: the damage of liars, the leak to a curious server, with and without each defence."""
+    from fedpact.cli import audit as command
+
+    command.audit(run, set_ or [], rounds=rounds, seeds=seeds, out=out, as_json=json)
+
+
+@app.command()
 def algorithms(json: Json = False) -> None:
     """List the algorithms."""
     from fedpact.cli import listing

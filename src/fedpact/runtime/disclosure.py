@@ -17,11 +17,8 @@ from fedpact.messages import (
     Differentiate,
     Differentiated,
     Evaluated,
-    Examined,
-    Fitted,
     Introduced,
     Reply,
-    Scored,
     Trained,
 )
 
@@ -84,17 +81,11 @@ def enough(reply: Reply, min_samples: int, *, trained_on: int, batch: int | None
     )
 
 
-def bare(reply: Reply, *, judged: bool = True) -> Reply:
+def bare(reply: Reply) -> Reply:
     """The reply without what tells of the member beside the adapter: its weight, its numbers of prompts.
 
-    Means and figures are for `shared`. What a judge says may stay if it has noise of its own (`judged`). Raises
-    RefusedError where nothing would be left.
+    Means and figures are for `shared`. Raises RefusedError where nothing would be left.
     """
-    if isinstance(reply, (Scored, Examined, Fitted)) and not judged:
-        raise RefusedError(
-            "site.noise_multiplier: its epsilon does not cover what a judge says; set site.epsilon_per_prompt as well, "
-            "or leave this run"
-        )
     if isinstance(reply, Counted):
         raise RefusedError("site.noise_multiplier: its epsilon does not cover counts of prompts; leave this run")
     if isinstance(reply, Introduced):

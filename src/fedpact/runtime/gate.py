@@ -223,7 +223,7 @@ class Gate:
             reply = Examined(noisy_bits(request, reply.prefers_first, budget, secret))
         reply = enough(reply, self.min_samples, trained_on=self.trained_on, batch=self.batch)
         if self.budget is not None:
-            reply = bare(reply, judged=self.site.epsilon_per_prompt is not None)
+            reply = bare(reply)
         reply = shared(reply, self.share, self.site.metrics, digits=None if self.simulation else DIGITS)
         if self.budget is not None and isinstance(reply, Trained):  # known from settings and rounds alone
             epsilon = self.budget.after_next(self.home / "ledger.jsonl")

@@ -96,16 +96,14 @@ class Member:
                 f"{self.where}: internal error ({type(error).__name__}); the traceback is in this member's errors.log"
             ) from error
         what: dict[str, Any] = {"reply": hashlib.sha256(reply).hexdigest(), "bytes_out": len(reply)}
-        if spent := self.gate.spent(request):
-            what["counts"] = spent
+        what |= {"counts": spent} if (spent := self.gate.spent(request)) else {}
         self._note(envelope, digest, data, decision="sent", **what)  # first the line, then the reply
         fault_point("member.noted")
         return wrap(envelope, reply, head=self.ledger.head)
 
     def _reply(self, envelope: Envelope, request: Request[Any], digest: str) -> bytes:
         if isinstance(request, Hello):
-            introduced = self.gate.leave(request, self.hello(request))
-            self.gate.run = envelope.run
+            introduced, self.gate.run = self.gate.leave(request, self.hello(request)), envelope.run
             return encode(introduced)
         self.gate.place(envelope, self.contract)
         self.gate.open(request, None if self.contract is None else self._algorithm())
