@@ -20,6 +20,7 @@ from fedpact.audit.judges import judged
 from fedpact.audit.leaks import NO_PROOF, leaks
 from fedpact.audit.poison import poisoned
 from fedpact.audit.trial import Bench
+from fedpact.cli.ending import Stopped
 from fedpact.errors import ConfigError
 from fedpact.runtime.config import RunConfig, load_run
 from fedpact.runtime.files import atomic_write, json_bytes, make_private
@@ -55,6 +56,9 @@ def audit(path: Path, overrides: Sequence[str], *, rounds: int, seeds: int, out:
         if out is not None:
             shutil.rmtree(out / "replies", ignore_errors=True)
             atomic_write(out / RESULT, json_bytes(result, sort_keys=False))
+    except Stopped as stopped:
+        stopped.remedy = "the same command"
+        raise
     finally:
         if out is None:
             shutil.rmtree(scratch, ignore_errors=True)

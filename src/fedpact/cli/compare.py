@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fedpact import errors
 from fedpact.cli import commands
-from fedpact.cli.main import Stopped
+from fedpact.cli.ending import Stopped
 from fedpact.cli.plan import PLAN, locked, planned, read_plan
 from fedpact.cli.progress import Progress
 from fedpact.cli.variants import split_values

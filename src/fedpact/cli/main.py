@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from fedpact import __version__
 from fedpact.cli import site
+from fedpact.cli.ending import Stopped, fail, stop, usage_or_bug
 from fedpact.errors import FedPactError
-from fedpact.screen import say
-from fedpact.secrets import masked
 
 app = typer.Typer(
     name="fedpact",
@@ -35,12 +31,6 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a key of the run file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM. No KeyboardInterrupt: Typer turns that into a return value."""
-
-    remedy = "`fedpact resume`"
 
 
 def _print_version(wanted: bool) -> None:
@@ -245,39 +235,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.umask(0o077)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _stop)
+            signal.signal(number, stop)
     try:
         app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except FedPactError as error:
-        _fail(" ".join(str(error).split()), error.exit_code)
-    except Stopped as stop:
-        code = 128 + int(stop.args[0])
-        _fail(f"interrupted; what was committed is safe, and {stop.remedy} goes on from there", code)
+        fail(" ".join(str(error).split()), error.exit_code)
+    except Stopped as stopped:
+        code = 128 + int(stopped.args[0])
+        fail(f"interrupted; what was committed is safe, and {stopped.remedy} goes on from there", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        _usage_or_bug(error)
-
-
-def _usage_or_bug(error: Exception) -> None:
-    code = getattr(error, "exit_code", None)
-    if isinstance(code, int) and hasattr(error, "format_message"):  # click's own errors, from whichever click
-        _fail(" ".join(str(error.format_message()).split()), code)
-    if type(error).__name__ == "Abort":
-        _fail("interrupted", 130)
-    with tempfile.NamedTemporaryFile("w", prefix="fedpact-", suffix=".log", delete=False) as log:
-        log.write(masked(traceback.format_exc()))
-    _fail(f"internal error ({type(error).__name__}: {masked(str(error))[:120]}); the traceback is in {log.name}", 1)
-
-
-def _fail(message: str, code: int) -> None:
-    if message:  # none where help was all there is to say
-        say(f"fedpact: {message}", to=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(code)
-
-
-def _stop(number: int, frame: FrameType | None) -> Any:
-    raise Stopped(number)
+        usage_or_bug(error)

@@ -42,11 +42,11 @@ def shared(reply: Reply, share: Collection[str], metrics: Collection[str], *, di
         return replace(reply, rewards=rounded(told, digits))
     if not isinstance(reply, (Trained, Evaluated)):
         return reply
-    told = "accuracy" in share and reply.accuracy is not None
+    accuracy = reply.accuracy if "accuracy" in share else None
     reply = replace(
         reply,
         rewards=rounded(reply.rewards, digits) if "rewards" in share else torch.full_like(reply.rewards, torch.nan),
-        accuracy=_rounded(reply.accuracy, digits) if told and reply.accuracy is not None else None,
+        accuracy=None if accuracy is None else _rounded(accuracy, digits),
     )
     if not isinstance(reply, Trained):
         return reply

@@ -43,6 +43,7 @@ from fedpact.runtime.inspection import longest_text, malformed, misplaced, overd
 from fedpact.runtime.learner import Learner
 from fedpact.runtime.noise import member_secret, noisy_bits, noisy_ratings
 from fedpact.screen import printable
+from fedpact.seeding import key
 from fedpact.types import Adapter
 
 _MIN_SAMPLES = 20
@@ -229,6 +230,11 @@ class Gate:
             epsilon = self.budget.after_next(self.home / "ledger.jsonl")
             reply = replace(reply, metrics={**reply.metrics, "epsilon": float(f"{epsilon:.4g}")})
         return reply
+
+    def sampling_seed(self, public: int) -> int:
+        """The seed of this member's sampling: between sites its own, so that the server, which knows the run's, cannot
+        draw a guessed prompt's completions again."""
+        return public if self.simulation else key(public, self._secret().hex())
 
     def _secret(self) -> bytes:
         """The key of this member's noise. A simulation's is public, so that the same seed gives the same bytes."""

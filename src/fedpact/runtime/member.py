@@ -248,7 +248,14 @@ class Member:
             made = self.engines.policy(model, self.config.model, contract, where=self.where, rank=self.config.rank)
             private = self._private(made, contract, memory) if personal and contract.private else None
             factor = contract.training.factor(round)
-            made.begin(contract.seed, round, exchange, self.config.name, private=private, factor=factor)
+            made.begin(
+                self.gate.sampling_seed(contract.seed),
+                round,
+                exchange,
+                self.config.name,
+                private=private,
+                factor=factor,
+            )
             return made
 
         memory = self.store.load(since)
