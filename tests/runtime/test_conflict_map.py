@@ -100,7 +100,7 @@ def test_the_figures_are_the_cosines_of_the_real_gradients(mapped: tuple[Watched
             continue
         request, reply = envelope.open(), unwrap(envelope, data)
         assert isinstance(request, Differentiate) and isinstance(reply, Differentiated)
-        client = transport.members[who]._client(0, envelope.exchange, None)  # nothing is remembered yet
+        client = transport.members[who].side(0, envelope.exchange, None)  # nothing is remembered yet
         batch = next(iter(local_batches(client, request.adapter, 1)))
         jacobian = client.policy.gradients(batch.rollout, batch.advantages, loss=batch.loss)
         for m, objective in enumerate(("low", "brief")):

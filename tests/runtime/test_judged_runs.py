@@ -269,7 +269,7 @@ def test_one_expert_that_tells_the_truth_is_worth_central_training(run_file):
     assert final(federated) == final(central)
 
 
-def test_the_runs_seed_does_not_determine_a_members_noise(run_file):
+def test_in_a_simulation_the_runs_seed_determines_the_noise_and_members_have_their_own(run_file):
     for name in MEMBERS:
         path = run_file.parent / "clients" / f"{name}.toml"
         edit(path, "rewards.py:low", "rewards.py:even")
@@ -286,10 +286,9 @@ def test_the_runs_seed_does_not_determine_a_members_noise(run_file):
         replies = [unwrap(envelope, data) for who, envelope, data in watched.answers if envelope.verb == "score"]
         told.append(torch.cat([reply.rewards[0] for reply in replies]))
         assert len(told[-1].unique()) == 2 and not set(told[-1].tolist()) & {0.0, 1.0}
-        secrets = {(out / "clients" / member / "secret").read_bytes() for member in MEMBERS}
-        assert len(secrets) == 3
-        scanned = {name: data for name, data in files(out).items() if not name.endswith("/secret")}
-        assert not [
-            name for name, data in scanned.items() if any(s in data or s.hex().encode() in data for s in secrets)
-        ]
-    assert not torch.equal(*told)
+        by_member = {
+            who: unwrap(envelope, data).rewards for who, envelope, data in watched.answers if envelope.verb == "score"
+        }
+        assert not all(torch.equal(one, by_member["east"]) for one in by_member.values())
+        assert not list((out / "clients").glob("*/secret"))
+    assert torch.equal(*told)  # between sites it is keyed by a secret: tests/runtime/test_ratings_at_the_gate.py

@@ -12,6 +12,7 @@ from fedpact.runtime.adapters import refuse_rank
 from fedpact.runtime.client_config import client_files, load_client
 from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import contract_of
+from fedpact.runtime.dry_run import dry_run
 from fedpact.runtime.engines import Engines
 from fedpact.runtime.member import Member
 from fedpact.runtime.run import Start
@@ -97,5 +98,5 @@ def check_members(config: RunConfig, members: Mapping[ClientId, Member], begin: 
             raise ConfigError(f"{member.where}: {error}") from error
         trusts = member.config.model.trust_remote_code
         warning = "; warning: model.trust_remote_code runs the model folder's code" if trusts else ""
-        lines.append(member.check(examples) + warning)
+        lines.append(dry_run(member, examples) + warning)
     return lines

@@ -12,10 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fedpact.algorithms.base import Algorithm
-from fedpact.core.robust import delta_norm
 from fedpact.errors import RefusedError
 from fedpact.messages import (
     Averaged,
@@ -31,20 +28,19 @@ from fedpact.messages import (
     Train,
     Trained,
 )
-from fedpact.runtime.adapters import Factor, delta_start, grouped, shortened, trained_factor
+from fedpact.runtime.adapters import Factor, trained_factor
 from fedpact.runtime.budget import Budget
 from fedpact.runtime.client_config import SiteSettings
 from fedpact.runtime.config import parse_algorithm
 from fedpact.runtime.contract import Contract, contract_hash, read_contract
+from fedpact.runtime.cover import covered, with_noise
 from fedpact.runtime.disclosure import BY_DEFAULT, DIGITS, EVERYTHING, bare, enough, shared
 from fedpact.runtime.envelope import Envelope
-from fedpact.runtime.gaussian import noised
 from fedpact.runtime.inspection import longest_text, malformed, misplaced, overdone, shared_shapes, unfit
 from fedpact.runtime.learner import Learner
-from fedpact.runtime.noise import member_secret, noisy_bits, noisy_ratings
+from fedpact.runtime.noise import member_secret
 from fedpact.screen import printable
 from fedpact.seeding import key
-from fedpact.types import Adapter
 
 _MIN_SAMPLES = 20
 """Between sites, unless the member says otherwise."""
@@ -215,13 +211,10 @@ class Gate:
         if isinstance(reply, Trained):
             own = {name: tensor for name, tensor in reply.adapter.items() if not name.startswith("private/")}
             sent = getattr(request, "adapter", {})
-            reply = replace(reply, adapter=self._noised(sent, own, what) if self.budget else self._clipped(sent, own))
-            reply = replace(reply, adapter=trained_factor(reply.adapter, factor))
-        if isinstance(reply, Scored) and isinstance(request, Score) and self.site.epsilon_per_prompt is not None:
-            reply = replace(reply, rewards=self._noisy(request, reply.rewards))
-        if isinstance(reply, Examined) and isinstance(request, Examine) and self.site.epsilon_per_prompt is not None:
-            budget, secret = self.site.epsilon_per_prompt, self._secret()
-            reply = Examined(noisy_bits(request, reply.prefers_first, budget, secret))
+            adapter = covered(sent, own, self.site, self._secret, what=what, where=self.where)
+            reply = replace(reply, adapter=trained_factor(adapter, factor))
+        if isinstance(reply, (Scored, Examined)) and self.site.epsilon_per_prompt is not None:
+            reply = with_noise(request, reply, self.site.epsilon_per_prompt, self._secret(), where=self.where)
         reply = enough(reply, self.min_samples, trained_on=self.trained_on, batch=self.batch)
         if self.budget is not None:
             reply = bare(reply)
@@ -241,42 +234,3 @@ class Gate:
         if self.simulation:
             return hashlib.sha256(json.dumps(["no secret", self.seed, self.home.name]).encode()).digest()
         return member_secret(self.home)
-
-    def _noised(self, sent: Adapter, adapter: Adapter, what: Sequence[str | int]) -> Adapter:
-        assert self.site.clip_norm is not None and self.site.noise_multiplier is not None
-        try:
-            return noised(
-                sent,
-                adapter,
-                clip_norm=self.site.clip_norm,
-                noise_multiplier=self.site.noise_multiplier,
-                secret=self._secret(),
-                what=what,
-            )
-        except ValueError as error:
-            raise RefusedError(f"{self.where}: site.noise_multiplier: {error}; nothing was sent") from error
-
-    def _noisy(self, request: Score, rewards: Tensor) -> Tensor:
-        assert self.site.epsilon_per_prompt is not None
-        try:
-            return noisy_ratings(request, rewards, self.site.epsilon_per_prompt, self._secret())
-        except ValueError as error:
-            raise RefusedError(
-                f"{self.where}: site.epsilon_per_prompt: {error}; use rewards of 0 and 1, or send exact ones"
-            ) from error
-
-    def _clipped(self, sent: Adapter, adapter: Adapter) -> Adapter:
-        if self.site.clip_norm is None:
-            return adapter
-        if adapter.keys() != sent.keys():
-            odd = sorted(adapter.keys() ^ sent.keys())
-            raise RefusedError(
-                f"{self.where}: site.clip_norm: {odd[0]} has no counterpart; expected the tensors asked for"
-            )
-        start, result = delta_start(sent), dict(adapter)
-        for names in grouped(adapter).values():
-            norm = delta_norm(start, adapter, names)
-            if norm > self.site.clip_norm:
-                scale = self.site.clip_norm / norm
-                result |= {name: shortened(start[name], adapter[name], scale) for name in names}
-        return result

@@ -9,11 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from fedpact.algorithms.base import Algorithm
 from fedpact.core.lora import initial_adapter
-from fedpact.errors import ConfigError, DataError, FedPactError, RefusedError
+from fedpact.errors import ConfigError, FedPactError, RefusedError
 from fedpact.faults import fault_point
 from fedpact.messages import Differentiate, Evaluate, Evaluated, Hello, Introduced, Reply, Request, Train, Trained
 from fedpact.policy.lora_policy import LoraPolicy
@@ -37,7 +35,7 @@ from fedpact.runtime.prompts import prompts_at, split_prompts
 from fedpact.runtime.trainer import loaded
 from fedpact.secrets import masked
 from fedpact.seeding import key
-from fedpact.types import NO_PROMPTS, Adapter, Memory, Prompts
+from fedpact.types import NO_PROMPTS, Adapter, Memory
 
 
 class Member:
@@ -106,7 +104,7 @@ class Member:
             introduced, self.gate.run = self.gate.leave(request, self.hello(request)), envelope.run
             return encode(introduced)
         self.gate.place(envelope, self.contract)
-        self.gate.open(request, None if self.contract is None else self._algorithm())
+        self.gate.open(request, None if self.contract is None else self.algorithm())
         # asked again: the same bytes, and nothing is computed or spent twice
         cached = self.store.cached(self.gate.kept_under(digest))
         if cached is None:
@@ -168,46 +166,16 @@ class Member:
             versions={package: version(package) for package in ("fedpact", "torch", "transformers", "peft")},
         )
 
-    def check(self, examples: Prompts) -> str:
-        """Dry-run two prompts, after `hello`; what there is to say, in a line.
-
-        A member that trains completes two of its own prompts with the untrained model and rewards them; one that only
-        judges rates the references of two of the server's `examples`, of its own task if there are any.
-        """
-        client = self._client(round=0, exchange=0, since=None)
-        if "server" in self._algorithm().needs:
-            own = [i for i, d in enumerate(examples.columns.get("domain", ())) if d == self.config.task]
-            two = examples.select((own or list(range(len(examples))))[:2])
-            texts = two.columns.get("reference", ["" for _ in two.text])
-            fits = hasattr(self._algorithm(), "fit")  # then there is nothing to judge with yet
-            rewards = client.judge(two, texts) if len(two) and not fits else torch.zeros(len(client.objectives), 0)
-            facts, judged = f"{self.config.name}: a judge", f"{len(texts)} reference answers"
-        else:
-            two = self.train_prompts.select([0, min(1, len(self.train_prompts) - 1)])
-            try:
-                rollout = client.policy.generate(two, draw=0)
-            except DataError as error:
-                raise DataError(f"{self.where}: prompts: {error}") from error
-            rewards = client.audit(rollout.prompts, rollout.completions)
-            facts = f"{self.config.name}: {len(self.train_prompts)} prompts, {len(self.heldout)} held out"
-            judged = f"{len(rollout.completions)} completions"
-        figures = ", ".join(
-            f"{name} {float(row.nanmean()):.2f}"
-            for name, row in zip(client.objectives, rewards, strict=True)
-            if name in self.rewards and row.numel()
-        )
-        return f"{facts}; mean rewards of {judged}: {figures}" if figures else facts
-
     def evaluate(self, request: Evaluate) -> Evaluated:
         """Held-out results, for this member's own eyes: past the gate, and nothing is remembered."""
-        client = self._client(round=0, exchange=0, since=None)
+        client = self.side(round=0, exchange=0, since=None)
         own_rank = for_rank(request, self.config.rank or client.contract.lora.r)
         return client.evaluate(cast("Evaluate", own_rank), self.heldout)
 
     def _answer(self, envelope: Envelope, request: Request[Any], digest: str) -> bytes:
         personal = isinstance(request, Train) or (isinstance(request, Evaluate) and request.personal)
-        client = self._client(envelope.round, envelope.exchange, envelope.since, personal=personal)
-        algorithm = self._algorithm()
+        client = self.side(envelope.round, envelope.exchange, envelope.since, personal=personal)
+        algorithm = self.algorithm()
         if isinstance(request, Differentiate) and not self.gate.shares_gradients:
             reply: Reply = withheld(request, len(client.objectives))
         elif isinstance(request, Evaluate) and "server" not in algorithm.needs:
@@ -234,9 +202,7 @@ class Member:
             self.store.prune(envelope.since)
         return data
 
-    def _client(
-        self, round: int, exchange: int, since: tuple[int, int] | None, *, personal: bool = False
-    ) -> ClientSide:
+    def side(self, round: int, exchange: int, since: tuple[int, int] | None, *, personal: bool = False) -> ClientSide:
         """What answers one request; `personal`: with this member's private adapter, if the contract has such."""
         contract, model = self.contract, self.model
         if contract is None:
@@ -282,6 +248,7 @@ class Member:
         fresh = initial_adapter(layers, key(contract.seed, self.config.name, "private adapter"))
         return private_part(memory) or {f"private/{name}": tensor for name, tensor in fresh.items()}
 
-    def _algorithm(self) -> Algorithm:
+    def algorithm(self) -> Algorithm:
+        """The accepted contract's."""
         assert self.contract is not None
         return parse_algorithm(self.contract.algorithm)
