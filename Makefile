@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: demo test fast slow lint bench results clean
+.PHONY: demo test fast slow lint bench chaos soak results clean
 
 demo: $(READY)
 	$(BIN)/fedpact demo
@@ -16,13 +16,22 @@ lint: $(READY)
 	$(BIN)/mypy
 
 fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+# the server, members and both killed at every place that writes, and at random times; `make chaos KILLS=300` for more
+KILLS ?= 25
+chaos: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.chaos --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runtime/test_fault_matrix.py
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.soak
 
 results: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning

@@ -11,7 +11,6 @@ import torch
 
 from fedpact.errors import ConfigError, InadmissibleError, RefusedError
 from fedpact.messages import (
-    Request,
     Count,
     Counted,
     Differentiate,
@@ -21,6 +20,7 @@ from fedpact.messages import (
     Hello,
     Introduced,
     Reply,
+    Request,
     Train,
     Trained,
 )

@@ -27,7 +27,7 @@ from fedpact.runtime.envelope import Envelope, unwrap
 from fedpact.runtime.launch import start
 from fedpact.runtime.transport import Failure
 from fedpact.types import Adapter
-from tests.cli.conftest import MEMBERS, edit, files, in_process, model, results, run_file, settings, write_project
+from tests.cli.conftest import MEMBERS, edit, in_process, model, results, run_file, settings, write_project
 from tests.runtime.watched import NAN, Tamper, Watched, fedgrpo, figures, final, launched
 
 __all__ = ["model", "run_file"]

@@ -130,7 +130,7 @@ class Round:
         fault_point("exchange.asked")
         failures: dict[ClientId, Failure] = {}
         for client, answer in self.transport.exchange(sent, timeout_s=self.timeout_s):
-            if client not in envelopes or client in failures or client in spool.received():
+            if client not in envelopes or client in spool.received():
                 reason = "duplicate" if client in envelopes else "nobody asked"
                 self._note(next(iter(envelopes.values())), client, decision="refused", reason=reason)
                 continue
@@ -148,6 +148,7 @@ class Round:
                 continue
             data = encode(at_rank(reply, self.r) if client in self.smaller_ranks else reply)
             spool.put(client, data)
+            failures.pop(client, None)  # what came before was of another round, or spoilt on its way
             digest = hashlib.sha256(data).hexdigest()
             self._note(envelope, client, decision="admitted", bytes_in=len(answer), reply=digest, peer_head=head)
             fault_point("exchange.admitted")

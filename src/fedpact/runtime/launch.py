@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +63,7 @@ def start(
             run = Run(store, config, begin, make(config, folder, out, begin), observer)
             clients = run.introduce()
         except BaseException:
-            shutil.rmtree(out, ignore_errors=True)  # there is no run yet
+            store.discard()  # there is no run yet
             raise
         store.write_run(
             {

@@ -27,7 +27,7 @@ from fedpact.runtime.contract import Contract, contract_hash
 from fedpact.runtime.disclosure import withheld
 from fedpact.runtime.engines import Engines
 from fedpact.runtime.envelope import Envelope, is_head, wrap
-from fedpact.runtime.files import append_durably
+from fedpact.runtime.files import append_durably, storing
 from fedpact.runtime.gate import Gate
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.memory import MemberStore
@@ -89,7 +89,8 @@ class Member:
             raise
         except Exception as error:  # of an algorithm or of ours: this member fails, and the run goes on
             self._note(envelope, digest, data, decision="failed", reason=type(error).__name__)
-            append_durably(self.home / "errors.log", masked(traceback.format_exc()).encode())
+            with storing(self.home / "errors.log"):
+                append_durably(self.home / "errors.log", masked(traceback.format_exc()).encode())
             raise FedPactError(
                 f"{self.where}: internal error ({type(error).__name__}); the traceback is in this member's errors.log"
             ) from error
