@@ -190,7 +190,7 @@ def test_a_remedy_from_a_constructor_is_passed_on(tmp_path):
         (
             "fedpact.rewards:brief",
             {},
-            "it has Agreement, AnswerKey, HttpJudge, LoadedReward, Outcome, RewardModel, RewardSet, brevity",
+            "it has Agreement, AnswerKey, CodeTests, HttpJudge, LoadedReward, Outcome, RewardModel, RewardSet, brevity",
         ),
         ("broken.py:f", {}, "use: cannot import broken.py: ZeroDivisionError: division by zero; mend it"),
         ("spelled.py:f", {}, "use: cannot import spelled.py: SyntaxError"),

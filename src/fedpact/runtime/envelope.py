@@ -56,6 +56,10 @@ class Envelope:
         return decode(REQUESTS[self.verb], self.request)
 
 
+class StrayError(InadmissibleError):
+    """An answer to something else: late by a round, or another's."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
     """A reply on its way back."""
@@ -107,11 +111,11 @@ def opened(envelope: Envelope, data: bytes, *, max_bytes: int | None = None) -> 
     for name in ("run", "contract", "round", "exchange", "nonce"):
         if getattr(answer, name) != getattr(envelope, name):
             if name == "nonce":
-                raise InadmissibleError("reply: nonce is that of another request")
+                raise StrayError("reply: nonce is that of another request")
             found, expected = ascii(getattr(answer, name))[:80], getattr(envelope, name)
-            raise InadmissibleError(f"reply: {name} is {found}, expected {expected!r}")
+            raise StrayError(f"reply: {name} is {found}, expected {expected!r}")
     if answer.request != envelope.digest():
-        raise InadmissibleError("reply: it answers another request")
+        raise StrayError("reply: it answers another request")
     if _sha256(answer.reply + answer.head.encode(errors="replace")) != answer.sha256:
         raise InadmissibleError("reply: damaged on its way: its SHA-256 is not the answer's")
     if not is_head(answer.head):

@@ -18,7 +18,7 @@ from fedpact.runtime.adapters import Factor, as_taken, at_rank, completed, for_r
 from fedpact.runtime.admission import Limits, admit, max_bytes
 from fedpact.runtime.bounds import Bound, Norms, Rules, bounds_of
 from fedpact.runtime.codec import decode, encode
-from fedpact.runtime.envelope import Envelope, Version, opened, seal
+from fedpact.runtime.envelope import Envelope, StrayError, Version, opened, seal
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.spool import Spool
 from fedpact.runtime.transport import Failure, Transport
@@ -129,8 +129,9 @@ class Round:
             self._note(envelope, client, decision="asked", bytes_out=len(sent[client]))
         fault_point("exchange.asked")
         failures: dict[ClientId, Failure] = {}
+        voted: set[ClientId] = set()  # has answered just this, well or badly
         for client, answer in self.transport.exchange(sent, timeout_s=self.timeout_s):
-            if client not in envelopes or client in spool.received():
+            if client not in envelopes or client in voted:
                 reason = "duplicate" if client in envelopes else "nobody asked"
                 self._note(next(iter(envelopes.values())), client, decision="refused", reason=reason)
                 continue
@@ -142,13 +143,16 @@ class Round:
             try:
                 reply, head = self._admitted(envelope, answer, asked[client])
             except InadmissibleError as error:
+                if not isinstance(error, StrayError):
+                    voted.add(client)
                 failures[client] = Failure(str(error))
                 what = str(error).partition(":")[0]
                 self._note(envelope, client, decision="refused", bytes_in=len(answer), reason=what)
                 continue
             data = encode(at_rank(reply, self.r) if client in self.smaller_ranks else reply)
             spool.put(client, data)
-            failures.pop(client, None)  # what came before was of another round, or spoilt on its way
+            voted.add(client)
+            failures.pop(client, None)  # what came before answered something else
             digest = hashlib.sha256(data).hexdigest()
             self._note(envelope, client, decision="admitted", bytes_in=len(answer), reply=digest, peer_head=head)
             fault_point("exchange.admitted")
