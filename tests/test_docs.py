@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from fedpact.algorithms import TABLE
+from fedpact.rewards.code import CodeTests
+from fedpact.rewards.sandbox.jail import available_jails
+from fedpact.runtime.client_config import PromptSettings
+from fedpact.runtime.prompts import prompts_at
 
 ROOT = Path(__file__).parents[1]
 RUN = """
@@ -51,7 +57,7 @@ def blocks(language: str) -> list[str]:
 def site(tmp_path: Path, model_folders: dict[str, Path]) -> Path:
     """The documented reward and algorithm, installed as a reader would: beside the clients, and as a package."""
     reward, algorithm, _ = blocks("python")
-    client_table, entry_point = blocks("toml")
+    client_table, *_, entry_point = blocks("toml")
     clients = tmp_path / "clients"
     clients.mkdir()
     (clients / "rewards.py").write_text(reward)
@@ -93,6 +99,21 @@ def test_the_documented_python_runs(site: Path) -> None:
     script = blocks("python")[2].replace("algorithm.beta=0.1", "algorithm.local_steps=1")
     (site / "script.py").write_text(script)
     assert "[(0, " in run(site, "script.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "file", "solution"), [(1, "humaneval", "canonical_solution"), (2, "mbpp", "code")])
+def test_the_documented_tables_grade_programs(tmp_path: Path, block: int, file: str, solution: str) -> None:
+    if not available_jails():
+        pytest.skip("no sandbox is installed")
+    excerpt = ROOT / "tests" / "data" / f"{file}_excerpt.jsonl"
+    shutil.copy(excerpt, tmp_path / f"{file}.jsonl")
+    prompts = prompts_at(PromptSettings(**tomllib.loads(blocks("toml")[block])["prompts"]), tmp_path, where="docs")
+    answers = [json.loads(line)[solution] for line in excerpt.read_text().splitlines()]
+    graded = CodeTests()
+    assert graded(answers, **prompts.columns) == [1.0] * 5
+    assert graded(["pass"] * 5, **prompts.columns) == [0.0] * 5
+    graded.close()
 
 
 def test_the_configuration_page_is_up_to_date() -> None:

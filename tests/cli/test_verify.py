@@ -83,6 +83,7 @@ def test_any_round_done_again_comes_to_the_same_bytes(finished: Path, capsys: py
     assert lines[1].endswith(f"the same bytes, MANIFEST {manifest[:16]}")
 
 
+@pytest.mark.slow
 def test_a_round_that_was_changed_together_with_its_manifest_is_found_by_doing_it_again(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_round_that_does_not_exist_cannot_be_done_again(finished: Path, capsys
     assert "--replay 9: committed are the rounds up to 3" in refused(capsys, 2, "verify", finished, "--replay", "9")
 
 
+@pytest.mark.slow
 def test_replaying_leaves_the_run_as_it_is(finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     assert in_process("verify", finished, "--replay", "3") == 0

@@ -47,6 +47,7 @@ def test_a_fall_returns_to_the_adapter_before_and_the_run_goes_on_from_there(run
     assert watched.losses == {}
 
 
+@pytest.mark.slow
 def test_a_fall_within_the_limit_or_without_one_stays(run_file: Path) -> None:
     for name, options in (("wide", [*EVERY_ROUND, "--set", "evaluation.rollback=0.4"]), ("none", EVERY_ROUND)):
         _, out = launched(run_file, *options, watched=Watched(fallen_in_round_two), name=name)
@@ -54,6 +55,7 @@ def test_a_fall_within_the_limit_or_without_one_stays(run_file: Path) -> None:
         assert figures(out, "rolled_back_to") == {}
 
 
+@pytest.mark.slow
 def test_means_that_nobody_shares_return_nothing(run_file: Path) -> None:
     def hidden(who: str, envelope: Envelope, reply: Reply) -> Reply | Failure:
         if isinstance(reply, Evaluated) and envelope.round == 2:
@@ -64,6 +66,7 @@ def test_means_that_nobody_shares_return_nothing(run_file: Path) -> None:
     assert not same(adapter(out, 2), adapter(out, 1))
 
 
+@pytest.mark.slow
 def test_one_member_cannot_cause_a_return_by_claiming_a_million_completions(run_file: Path) -> None:
     def liar(who: str, envelope: Envelope, reply: Reply) -> Reply | Failure:
         if isinstance(reply, Evaluated) and who == "east":
@@ -77,6 +80,7 @@ def test_one_member_cannot_cause_a_return_by_claiming_a_million_completions(run_
     assert abs(pooled - (2 / 3 * east + 1 / 3 * 0.8)) < 1e-6  # 2/n of it, and no more
 
 
+@pytest.mark.slow
 def test_what_a_member_does_to_an_update_shows_in_the_figures(run_file: Path) -> None:
     def flipped(who: str, envelope: Envelope, reply: Reply) -> Reply | Failure:
         request = envelope.open()
