@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from fedpact.algorithms import TABLE, algorithm_class
 from fedpact.runtime import client_config, config
+from fedpact.runtime.toml import Place
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -69,6 +70,8 @@ def inner_model(annotation: Any) -> type[BaseModel] | None:
 
 def kind(annotation: Any) -> str:
     """A type as a reader would write it."""
+    if annotation in (Place, Place | None):
+        return "`path`"
     text = (
         annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
     )

@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from fedpact.algorithms.fedcmoo import Conflict, FedCMOO, from_factors
 from fedpact.core.compress import unfactored
 from fedpact.core.fedcmoo import descended_weights
-from fedpact.errors import ConfigError
 from fedpact.messages import Differentiate, Differentiated, Train
 from fedpact.seeding import generator
 from tests.algorithms.stage import SEPARATE, StageClient, StageFederation, StagePolicy, adapter, mover
@@ -193,11 +192,17 @@ def test_a_preference_takes_eight_objectives_at_most() -> None:
         FedCMOO(preference={"o1": 2.0}).check(names)
 
 
-def test_a_preference_needs_rewards_that_members_share() -> None:
+def test_a_preference_without_rewards_that_members_share_leaves_the_weights_as_they_are() -> None:
     stage = federation({**EXACT, "preference": {}}, ORTHOGONAL)
     gramian = torch.diag(doubles(4.0, 1.0))
     whole = Conflict(gramian, torch.tensor([True, True]), doubles(0.5, NAN))
-    with pytest.raises(ConfigError, match=r'^algorithm.preference: .*; put "rewards" into their site.share$'):
-        stage.algorithm.weights(whole, stage)
+    assert stage.algorithm.weights(whole, stage).tolist() == [0.5, 0.5]
     part = Conflict(gramian, torch.tensor([True, False]), doubles(0.5, NAN))  # nobody has it: nothing is to be known
     assert stage.algorithm.weights(part, stage).tolist() == [1.0, 0.0]
+
+
+def test_a_lie_about_rewards_is_cut_to_what_rewards_can_be() -> None:
+    stage = federation({**EXACT, "preference": {}}, ORTHOGONAL)
+    gramian, both = torch.diag(doubles(4.0, 1.0)), torch.tensor([True, True])
+    told = [stage.algorithm.weights(Conflict(gramian, both, doubles(0.5, lie)), stage).tolist() for lie in (5.0, 1.0)]
+    assert told[0] == told[1]

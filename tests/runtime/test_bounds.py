@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedpact.errors import TooFewRepliesError
-from fedpact.messages import Introduced, Train, Trained
-from fedpact.runtime.admission import Limits, max_bytes
+from fedpact.errors import InadmissibleError, TooFewRepliesError
+from fedpact.messages import Differentiate, Differentiated, Hello, Introduced, Train, Trained
+from fedpact.runtime.admission import Limits, admit, max_bytes
 from fedpact.runtime.bounds import Rules, bounds_of, capped, capped_prompts, robust_mean
 from fedpact.runtime.codec import encode
 from fedpact.runtime.envelope import wrap
@@ -182,3 +182,28 @@ def test_the_round_records_whose_replies_counted_and_why_others_did_not(tmp_path
     one = one_round(ScriptedTransport({"a": trained_like_sent(), "b": Failure("gone fishing")}), tmp_path)
     one.ask(requests("a", "b"))
     assert one.record == [{"verb": "train", "roster": ["a"], "failures": {"b": "gone fishing"}}]
+
+
+def measured(scale: float) -> Differentiated:
+    """Gradients of this length, of one objective."""
+    sketch = torch.tensor([[scale, 0.0]])
+    return Differentiated(1.0, sketch @ sketch.T, sketch, {}, torch.tensor([0.5]))
+
+
+def test_a_members_gradients_are_shortened_like_its_change_of_the_adapter() -> None:
+    replies = {"a": measured(1.0), "b": measured(1.0), "liar": measured(1e4)}
+    asked = dict.fromkeys(replies, Differentiate(SENT, rank=2, seed=1))
+    bounds = bounds_of(replies, asked, Rules(), {}, exchange=0, log=lambda who, figures: None)
+    found = {name: bounds[name].apply(reply) for name, reply in replies.items()}
+    lengths = {name: float(one.sketch.norm()) for name, one in found.items() if isinstance(one, Differentiated)}
+    assert lengths == pytest.approx({"a": 1.0, "b": 1.0, "liar": 2.0})
+    liar = found["liar"]
+    assert isinstance(liar, Differentiated)
+    assert float(liar.gramian[0, 0]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("task", ["a b", "x/y", "../z", ".", "x" * 65])
+def test_a_task_that_could_not_name_what_is_exported_is_not_admitted(task: str) -> None:
+    with pytest.raises(InadmissibleError, match="task: found"):
+        admit(Introduced("north", task, ("a",), 1, 1, {}), Limits(1), Hello("{}"))
+    admit(Introduced("north", "maths.2", ("a",), 1, 1, {}), Limits(1), Hello("{}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from fedpact.messages import Evaluated, Reply, Trained
+from fedpact.runtime.config import RunConfig
 from fedpact.runtime.envelope import Envelope
+from fedpact.runtime.measure import _middle
 from fedpact.runtime.transport import Failure
-from tests.cli.conftest import model, run_file
+from tests.cli.conftest import model, run_file, settings
 from tests.runtime.watched import Watched, figures, launched
 
 __all__ = ["model", "run_file"]
@@ -99,3 +102,31 @@ def test_what_a_member_does_to_an_update_shows_in_the_figures(run_file: Path) ->
     assert found["east", "update/norm"] == pytest.approx(10 * honest["east", "update/norm"], rel=1e-4)
     assert honest["east", "update/kept"] == found["north", "update/kept"] == 1.0
     assert found["east", "update/kept"] < 0.5
+
+
+def scored(*values: float) -> list[Evaluated]:
+    one = torch.tensor([1])
+    return [Evaluated(1.0, torch.tensor([value]), one, None) for value in values]
+
+
+def test_a_liar_moves_the_score_to_a_neighbour_and_no_further() -> None:
+    config = RunConfig.model_validate(
+        {
+            "rounds": 1,
+            "objectives": {"low": {"primary": True}},
+            "policy": {"model": "m"},
+            "algorithm": {"name": "fedavg"},
+        }
+    )
+    honest = [0.8, 0.81, 0.82, 0.83, 0.84]
+    assert _middle(config, scored(*honest)) == pytest.approx(0.82)
+    assert _middle(config, scored(*honest, 1e6)) == pytest.approx(0.82)
+    assert _middle(config, scored(*honest, -1e6)) == pytest.approx(0.81)
+    assert math.isnan(_middle(config, scored(math.nan)))
+
+
+@pytest.mark.slow
+def test_what_the_server_remembered_returns_with_the_adapter(run_file: Path) -> None:
+    _, out = launched(run_file, *settings("fedmoa"), *GATED, watched=Watched(fallen_in_round_two))
+    memories = [(out / "rounds" / f"{n:04d}" / "memory.safetensors").read_bytes() for n in (1, 2, 3)]
+    assert memories[0] == memories[1] != memories[2]

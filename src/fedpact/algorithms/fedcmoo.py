@@ -15,8 +15,8 @@ from fedpact.algorithms.steps import train_with
 from fedpact.algorithms.weights import normalised, preferred
 from fedpact.core.compress import upload_rank
 from fedpact.core.fedcmoo import descended_weights, preferred_weights
-from fedpact.errors import ConfigError
-from fedpact.messages import Differentiate, Train, Trained
+from fedpact.errors import RewardError
+from fedpact.messages import Differentiate, Differentiated, Train, Trained
 from fedpact.protocols import Client, Server
 from fedpact.types import Adapter
 
@@ -72,6 +72,13 @@ class FedCMOO(Algorithm):
     def train(self, request: Train, client: Client) -> Trained:
         return train_with(client, request.adapter, self.local_steps, request.weights)
 
+    def differentiate(self, request: Differentiate, client: Client) -> Differentiated:
+        found = super().differentiate(request, client)
+        told = found.rewards[~found.rewards.isnan()]
+        if self.preference is not None and bool(((told < 0) | (told > 1 + 1e-6)).any()):
+            raise RewardError(f"algorithm.preference: mean rewards are {told.tolist()}; expected them in [0, 1]")
+        return found
+
     def conflict(self, adapter: Adapter, server: Server) -> Conflict:
         """The Gram matrix of the members' mean gradients, as well as it can be known."""
         if self.compression == "projection":
@@ -98,11 +105,9 @@ class FedCMOO(Algorithm):
         else:
             wanted = [self.preference.get(name, 1.0) for name in server.objectives]
             if bool(found.rewards[kept].isnan().any()):
-                raise ConfigError('algorithm.preference: members share no rewards; put "rewards" into their site.share')
-            rewards = found.rewards[kept]
-            if bool(((rewards < 0) | (rewards > 1 + 1e-6)).any()):
-                raise ConfigError(f"algorithm.preference: mean rewards are {rewards.tolist()}; expected them in [0, 1]")
-            losses = (1 - found.rewards.double().nan_to_num()).clamp(min=1e-3)
+                server.log(rewards_withheld=1.0)  # nobody's `site.share` has them: the weights stay
+                return before
+            losses = (1 - found.rewards.double().nan_to_num().clamp(0, 1)).clamp(min=1e-3)
             preference = normalised(torch.tensor(wanted, dtype=torch.float64)[kept])
             weights[kept] = preferred_weights(gramian, losses[kept], preference)
         return weights

@@ -63,7 +63,7 @@ class FedMOA(Algorithm):
             start = Train(mix(own, adapter, self.task_share))
             requests.update(dict.fromkeys(members, start))
         means = server.means(requests, tasks)
-        shares = {task: sum(server.clients[member].num_prompts for member in tasks[task]) for task in means}
+        shares = {task: max(1, sum(server.clients[member].num_prompts for member in tasks[task])) for task in means}
         result: Adapter = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
         for task, mean in means.items():
             for name, tensor in mean.adapter.items():

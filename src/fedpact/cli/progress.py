@@ -25,7 +25,7 @@ class Progress:
         training = [m for m in metrics if m["key"].startswith("train/reward/")]
         text = "held out: " + _means(heldout) if heldout else "training: " + _means(training)
         prefix = f"{self.label}  " if self.label else ""
-        if spent := [m["value"] for m in metrics if m["key"] == "train/epsilon"]:
+        if spent := [m["value"] for m in metrics if m["key"].startswith("train/epsilon")]:
             text += f"; epsilon up to {max(spent):.3g}"
         seconds = time.monotonic() - self.began
         say(f"{prefix}round {round:>3}/{self.rounds}  {seconds:6.1f} s  {text}")

@@ -16,9 +16,8 @@ from fedpact.runtime.files import json_line
 from fedpact.runtime.launch import begun
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.run import Run
-from fedpact.runtime.store import RunFolder
+from fedpact.runtime.store import RunFolder, manifest_digest
 from fedpact.runtime.transport import Failure, Transport
-from fedpact.runtime.verification import manifest_digest
 from fedpact.types import ClientId
 
 
@@ -62,15 +61,16 @@ def replayed(out: Path, round: int) -> str:
     config, folder, begin = begun(record, out)
     states = {number: store.load(number).state for number in range(round + 1)}
     first = round if round > 0 and _remembered(out, states[round - 1]["since"]) else 0
+    members = states[round].get("members", sorted(record["members"]))
+    if any(states[number].get("members", members) != members for number in range(first, round + 1)):
+        raise ConfigError(f"--replay {round}: members came or went between rounds {first} and {round}; choose another")
     scratch = Path(tempfile.mkdtemp(prefix="fedpact-"))
     try:
         again = scratch / out.resolve().name  # the run's name is part of what is asked
         _set_back(out, again, first)
         with RunFolder.open(again) as copy:
-            members = resumed_transport(config, folder, again, begin)
-            transport = Recorded(
-                members, list(record["members"]), {number: state["exchanges"] for number, state in states.items()}
-            )
+            exchanges = {number: state["exchanges"] for number, state in states.items()}
+            transport = Recorded(resumed_transport(config, folder, again, begin), members, exchanges)
             run = Run(copy, config, begin, transport, _Nobody())
             run.go(run.introduce(), until=round)
         for number in range(first, round + 1):

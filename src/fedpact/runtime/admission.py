@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ from fedpact.messages import (
 )
 
 MAX_METRICS = 256
+_TASK = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?")
+"""As in client files: a task names a folder of what the run exports."""
 _SLACK = 2**16
 """Bytes that a reply may have beside its tensors: names, figures, the header."""
 _LARGEST_GRADIENT = 1e9
@@ -115,7 +118,10 @@ def admit(reply: Reply, limits: Limits, request: Request[Any]) -> None:
 
 def _check_introduction(reply: Introduced, limits: Limits) -> None:
     _check_names("name", [reply.name])
-    _check_names("task", [reply.task])
+    if not _TASK.fullmatch(reply.task):
+        raise InadmissibleError(
+            f"task: found {ascii(reply.task)[:60]}, expected letters, digits, '.', '_' and '-', at most 64"
+        )
     _check_names("objectives", reply.objectives)
     _check_names("versions", [text for pair in reply.versions.items() for text in pair])
     if reply.rank < 1:

@@ -6,6 +6,7 @@ resumed round bounds everybody as before, in whatever order replies came.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -21,10 +22,11 @@ from fedpact.core.robust import (
     product_change,
     trimmed_mean,
 )
-from fedpact.messages import Averaged, Introduced, Reply, Request, Train, Trained
+from fedpact.messages import Averaged, Differentiated, Introduced, Reply, Request, Train, Trained
 from fedpact.runtime.adapters import delta_start, grouped, lora_part, shortened
 from fedpact.types import Adapter, ClientId
 
+_GRADIENTS = "gradients"
 _REMEMBERED = 100
 """Accepted norms behind a running median."""
 
@@ -56,6 +58,8 @@ class Bound:
         if not isinstance(reply, Averaged):
             return reply
         reply = replace(reply, weight=self.weight)
+        if isinstance(reply, Differentiated):
+            return _scaled(reply, self.scales.get(_GRADIENTS, 1.0))
         return replace(reply, adapter=self._clipped(reply.adapter)) if isinstance(reply, Trained) else reply
 
     def _clipped(self, adapter: Adapter) -> Adapter:
@@ -81,6 +85,8 @@ def bounds_of(
     for client, reply in replies.items():
         if isinstance(reply, Averaged):
             weights[client] = reply.weight
+        if isinstance(reply, Differentiated):  # one length for all objectives: what is between them stays
+            lengths[client] = {_GRADIENTS: math.sqrt(max(0.0, float(reply.gramian.diagonal().double().nansum())))}
         if isinstance(reply, Trained):
             start = delta_start(cast("Train", requests[client]).adapter)
             lengths[client] = {
@@ -99,12 +105,13 @@ def bounds_of(
     bounds = {}
     for client, weight in weights.items():
         scales = {g: limits[g] / norm for g, norm in lengths.get(client, {}).items() if norm > limits[g]}
-        start = delta_start(cast("Train", requests[client]).adapter) if client in lengths else {}
+        request = requests[client]
+        start = delta_start(request.adapter) if isinstance(request, Train) and client in lengths else {}
         bounds[client] = Bound(weight, start, scales)
     for group, limit in limits.items():
         accepted = [min(one[group], limit) for one in lengths.values() if one.get(group, 0.0) > 0]
         norms[f"{exchange}/{group}"] = [*norms.get(f"{exchange}/{group}", []), *accepted][-_REMEMBERED:]
-    if lengths:
+    if lengths and all(isinstance(requests[client], Train) for client in lengths):
         _describe({client: cast("Trained", replies[client]) for client in lengths}, lengths, bounds, log)
     return bounds
 
@@ -139,6 +146,14 @@ def capped_prompts(clients: Mapping[ClientId, Introduced], max_share: float) -> 
     if counts == claims:
         return dict(clients)
     return {name: replace(one, num_prompts=round(counts.get(name, 0.0))) for name, one in clients.items()}
+
+
+def _scaled(reply: Differentiated, scale: float) -> Differentiated:
+    """The reply as if all its gradients had this share of their length."""
+    if scale >= 1.0:
+        return reply
+    factors = {name: tensor * scale if name == "left" else tensor for name, tensor in reply.factors.items()}
+    return replace(reply, gramian=reply.gramian * scale**2, sketch=reply.sketch * scale, factors=factors)
 
 
 def _describe(

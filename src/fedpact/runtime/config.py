@@ -95,7 +95,8 @@ class EvaluationSettings(Settings):
     """Also measure the likeliest completion."""
     rollback: PositiveFloat | None = None
     """Return to the adapter of the evaluation before if the primary objective's held-out mean (without one, that of all
-    objectives by their weights) has fallen by more than this. None: never."""
+    objectives by their weights) has fallen by more than this: the server's own, else the median of the members'. None:
+    never."""
     conflicts: bool = True
     """At the start, middle and end also measure how the gradients of all members' objectives agree, from sketches, for
     the report's conflict map. A member takes part if its `site.share` has "gradients"."""

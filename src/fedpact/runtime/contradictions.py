@@ -47,6 +47,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         yield f'federation.aggregation: found "{kind}" with federation.averaging = "products": use "mean"'
     if config.federation.aggregation != "mean" and "server" in needs:
         yield f"federation.aggregation: found with algorithm {algorithm!r}, whose members do not train; remove it"
+    if config.federation.aggregation != "mean" and "sgd" in needs:
+        yield f"federation.aggregation: found with algorithm {algorithm!r}, which takes means of its own; remove it"
     if config.evaluation.rollback is not None and config.server_optimizer.name != "none":
         yield "evaluation.rollback: found with server_optimizer, whose momentum knows no way back; remove it"
     if products and trainable != "all":

@@ -59,11 +59,19 @@ def shared(reply: Reply, share: Collection[str], metrics: Collection[str], *, di
     return replace(reply, metrics=named)
 
 
-def enough(reply: Reply, min_samples: int, *, trained_on: int, batch: int | None = None) -> Reply:
+def enough(
+    reply: Reply, min_samples: int, *, trained_on: int, batch: int | None = None, measured: Tensor | None = None
+) -> Reply:
     """The reply without means and figures that rest on fewer completions.
 
-    A training reply's rest on `trained_on`, a measurement of gradients' on one `batch` (None: not known yet).
+    A training reply's rest on `trained_on`, a measurement of gradients' on one `batch` (None: not known yet); of these
+    an objective's mean rests on those `measured`, [m]: a reward may not apply to all.
     """
+    if measured is not None and isinstance(reply, (Trained, Differentiated)):
+        rare = (measured > 0) & (measured < min_samples)  # [m]
+        reply = replace(reply, rewards=reply.rewards.masked_fill(rare, torch.nan))
+        if isinstance(reply, Trained) and bool(rare.any()):
+            reply = replace(reply, accuracy=None)  # it may be one of these means
     if isinstance(reply, Differentiated) and batch is not None and batch < min_samples:
         return replace(reply, rewards=torch.full_like(reply.rewards, torch.nan))
     if isinstance(reply, Trained) and trained_on < min_samples:
@@ -91,7 +99,7 @@ def bare(reply: Reply) -> Reply:
     if isinstance(reply, Introduced):
         return replace(reply, num_prompts=1)
     if isinstance(reply, Evaluated):
-        return replace(reply, weight=1.0, counts=(reply.counts > 0).long())
+        return replace(reply, weight=1.0, counts=torch.ones_like(reply.counts))
     return replace(reply, weight=1.0) if isinstance(reply, Averaged) else reply
 
 

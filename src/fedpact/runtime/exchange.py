@@ -133,7 +133,8 @@ class Round:
         for client, answer in self.transport.exchange(sent, timeout_s=self.timeout_s):
             if client not in envelopes or client in voted:
                 reason = "duplicate" if client in envelopes else "nobody asked"
-                self._note(next(iter(envelopes.values())), client, decision="refused", reason=reason)
+                if about := envelopes.get(client) or next(iter(envelopes.values()), None):
+                    self._note(about, client, decision="refused", reason=reason)
                 continue
             envelope = envelopes[client]
             if isinstance(answer, Failure):

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fedpact.algorithms.base import Algorithm
 from fedpact.errors import RefusedError
@@ -195,11 +198,18 @@ class Gate:
         return self.budget.counts if self.budget is not None and isinstance(request, Train) else {}
 
     def leave(
-        self, request: Request[Any], reply: Reply, *, factor: Factor = "all", what: Sequence[str | int] = ()
+        self,
+        request: Request[Any],
+        reply: Reply,
+        *,
+        factor: Factor = "all",
+        what: Sequence[str | int] = (),
+        measured: Tensor | None = None,
     ) -> Reply:
         """What of `reply` may leave, `factor` of its adapter. Raises RefusedError if none of it may.
 
         `what` names the question (run, round, exchange, digest): with the member's secret, the key of the noise.
+        `measured`: how many completions had each objective's reward, [m] int64.
         """
         if type(reply) is not request.reply:
             found, expected = type(reply).__name__, request.reply.__name__
@@ -215,13 +225,14 @@ class Gate:
             reply = replace(reply, adapter=trained_factor(adapter, factor))
         if isinstance(reply, (Scored, Examined)) and self.site.epsilon_per_prompt is not None:
             reply = with_noise(request, reply, self.site.epsilon_per_prompt, self._secret(), where=self.where)
-        reply = enough(reply, self.min_samples, trained_on=self.trained_on, batch=self.batch)
+        reply = enough(reply, self.min_samples, trained_on=self.trained_on, batch=self.batch, measured=measured)
         if self.budget is not None:
             reply = bare(reply)
         reply = shared(reply, self.share, self.site.metrics, digits=None if self.simulation else DIGITS)
         if self.budget is not None and isinstance(reply, Trained):  # known from settings and rounds alone
             epsilon = self.budget.after_next(self.home / "ledger.jsonl")
-            reply = replace(reply, metrics={**reply.metrics, "epsilon": float(f"{epsilon:.4g}")})
+            if math.isfinite(epsilon):  # infinite where adapters have left without noise; a message holds no infinity
+                reply = replace(reply, metrics={**reply.metrics, "epsilon": float(f"{epsilon:.4g}")})
         return reply
 
     def sampling_seed(self, public: int) -> int:

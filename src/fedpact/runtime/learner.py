@@ -40,6 +40,8 @@ class Learner:
         self.scale_rewards: ScaleRewards = contract.loss.scale_rewards
         self.loss, self.ppo = contract.loss, contract.ppo
         self.num_iterations: int = contract.training.num_iterations
+        self.measured = torch.zeros(len(self.objectives), dtype=torch.int64)
+        """Completions that had each objective's training reward so far: [m]."""
         self._rewards, self._audits, self._train_prompts, self._walk = rewards, audits, train_prompts, walk
         self._make_policy = policy
         self._policy: LoraPolicy | None = None
@@ -67,7 +69,9 @@ class Learner:
         return self._train_prompts.select(rows)
 
     def rewards(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
-        return self._measured(prompts, completions, [name for name in self._rewards if name not in self._audits])
+        found = self._measured(prompts, completions, [name for name in self._rewards if name not in self._audits])
+        self.measured += (~found.isnan()).sum(dim=1)
+        return found
 
     def audit(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
         """[m, n] all rewards, those included that are never trained on."""

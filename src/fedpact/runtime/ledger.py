@@ -24,7 +24,7 @@ from fedpact.runtime.envelope import START
 from fedpact.runtime.files import append_durably, json_line, make_private, storing, sync_folder
 
 _WHERE = {"time", "run", "round", "exchange", "attempt", "peer", "verb", "contract", "peer_head"}
-_WHAT = {"request", "reply", "bytes_in", "bytes_out", "fields", "counts", "decision", "reason"}
+_WHAT = {"request", "reply", "bytes_in", "bytes_out", "fields", "counts", "decision", "reason", "manifest"}
 FIELDS = frozenset(_WHERE | _WHAT)
 """All that a line may say."""
 

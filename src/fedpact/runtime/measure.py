@@ -28,7 +28,8 @@ def evaluate(
 ) -> float:
     """Held-out results: the server's where it has held-out prompts, and the members' where those train.
 
-    Returns the score that `evaluation.rollback` goes by, of sampled completions: the server's own if it has one.
+    Returns the score that `evaluation.rollback` goes by, of sampled completions: the server's own if it has one, else
+    the median of the members', since a liar can put a mean where it likes.
     """
     score = float("nan")
     for greedy in (False, True) if config.evaluation.greedy else (False,):
@@ -40,8 +41,8 @@ def evaluate(
             if "server" in config.algorithm.needs:
                 one.log("all", figures(config, prefix, found))
                 continue
-        pool = _ask(one, config, clients, Evaluate(adapter, greedy), prefix)
-        score = _score(config, pool) if score != score and not greedy else score
+        replies = _ask(one, config, clients, Evaluate(adapter, greedy), prefix)
+        score = _middle(config, replies) if score != score and not greedy else score
         if config.policy.private is not None:
             _ask(one, config, clients, Evaluate(adapter, greedy, personal=True), prefix.replace("out", "out_personal"))
     return score
@@ -57,16 +58,22 @@ def _score(config: RunConfig, found: Evaluated) -> float:
     return float((rewards.nan_to_num() * weights).sum() / weights.sum())
 
 
+def _middle(config: RunConfig, replies: Iterable[Evaluated]) -> float:
+    """The lower median of the members' scores; NaN if nobody tells one."""
+    scores = sorted(score for reply in replies if (score := _score(config, reply)) == score)
+    return scores[(len(scores) - 1) // 2] if scores else float("nan")
+
+
 def _ask(
     one: Round, config: RunConfig, clients: Mapping[ClientId, Introduced], request: Evaluate, prefix: str
-) -> Evaluated:
-    """The pooled reply; single ones and it are logged."""
+) -> list[Evaluated]:
+    """The replies; they and what they pool to are logged."""
     replies = one.ask(dict.fromkeys(clients, request))
     for client, reply in replies.items():
         one.log(client, figures(config, prefix, reply))
-    pool = pooled(replies.values(), max_share=one.rules.max_share)
-    one.log("all", figures(config, prefix, pool))
-    return pool
+    found = list(replies.values())
+    one.log("all", figures(config, prefix, pooled(found, max_share=one.rules.max_share)))
+    return found
 
 
 def figures(config: RunConfig, prefix: str, reply: Evaluated) -> dict[str, float]:

@@ -195,7 +195,7 @@ class Member:
         assert self.contract is not None
         factor = self.contract.training.factor(envelope.round)
         question = (envelope.run, envelope.round, envelope.exchange, digest)
-        reply = self.gate.leave(request, reply, factor=factor, what=question)
+        reply = self.gate.leave(request, reply, factor=factor, what=question, measured=client.measured)
         admit(completed(reply, request, factor), Limits(len(client.objectives)), request)  # or it stays here
         data = encode(reply)
         self.store.save((envelope.round, envelope.exchange), client.memory, self.gate.kept_under(digest), data)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fedpact import __version__
 from fedpact.core.server_optimizer import server_step
 from fedpact.errors import ConfigError, InadmissibleError, StoreError, TooFewRepliesError
 from fedpact.faults import fault_point
@@ -15,6 +14,7 @@ from fedpact.messages import Hello, Introduced
 from fedpact.runtime.adapters import refuse_rank
 from fedpact.runtime.admission import Limits, admit, max_bytes
 from fedpact.runtime.bounds import Norms, Rules, capped_prompts
+from fedpact.runtime.card import model_card
 from fedpact.runtime.codec import encode
 from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import Contract, contract_hash, contract_of
@@ -24,7 +24,7 @@ from fedpact.runtime.exchange import Round
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.measure import conflicts, evaluate, maps_conflicts
 from fedpact.runtime.server import ServerSide
-from fedpact.runtime.store import RunFolder
+from fedpact.runtime.store import RunFolder, manifest_digest
 from fedpact.runtime.trainer import Trainer
 from fedpact.runtime.transport import Failure, Transport
 from fedpact.seeding import permutation
@@ -74,7 +74,7 @@ class Run:
         """Say hello to everybody; who refuses the contract is dropped. Raises TooFewRepliesError or ConfigError."""
         hello = Hello(self.canonical)
         where = {"run": self.name, "contract": self.hash, "round": 0, "exchange": 0, "head": self.ledger.head}
-        envelopes = {client: seal(hello, **where, nonce=f"hello {client}") for client in self.transport.clients()}
+        envelopes = {client: seal(hello, **where) for client in self.transport.clients()}
         sent = {client: encode(envelope) for client, envelope in envelopes.items()}
         for client, envelope in envelopes.items():
             self._note(envelope, client, "asked", bytes_out=len(sent[client]))
@@ -134,6 +134,8 @@ class Run:
                     f"now it is {self.hash[:12]}; the configuration or the model has changed: put it back"
                 )
             adapter, memory = checkpoint.adapter, checkpoint.memory
+            if not any(one.get("decision") == "committed" and one["round"] == latest for one in self._entries()):
+                self._committed(latest)  # a crash came between the two
             self.since = {client: (v[0], v[1]) for client, v in checkpoint.state["since"].items()}
             self.norms = checkpoint.state.get("norms", {})
             passed = checkpoint.state.get("passed")
@@ -144,7 +146,7 @@ class Run:
             return
         exports = self.config.algorithm.exports(adapter, memory)
         for name, exported in sorted(exports.items(), key=lambda one: one[0] == "final"):  # last: it says "finished"
-            self.folder.write_final(name, exported, self.start.adapter_config, self._card(clients))
+            self.folder.write_final(name, exported, self.start.adapter_config, model_card(self, len(clients)))
         fault_point("run.finished")
 
     def _round(self, number: int, adapter: Adapter, memory: Memory, clients: Mapping[ClientId, Introduced]) -> Adapter:
@@ -185,7 +187,7 @@ class Run:
                     side.log(**{name: getattr(side, name)})
         if number % self.config.evaluation.every == 0 or number == self.config.rounds:
             score = evaluate(one, self.config, adapter, clients, self.trainer)
-            adapter = self._gated(one, adapter, score)
+            adapter = self._gated(one, adapter, memory, score)
             fault_point("run.evaluated")
         if maps_conflicts(self.config, clients, number):
             conflicts(one, self.config, adapter, clients)
@@ -202,20 +204,25 @@ class Run:
                 "norms": one.norms,
                 "passed": self.passed,
                 "exchanges": one.record,
+                "members": sorted(clients),
             },
             metrics=one.metrics,
         )
         fault_point("run.committed")
+        self._committed(number)
         self.since, self.norms = one.since, one.norms
         self.observer.round_done(number, one.metrics)
         return adapter
 
-    def _gated(self, one: Round, adapter: Adapter, score: float) -> Adapter:
-        """The adapter, or the last one that passed if this one's held-out score has fallen too far from it."""
+    def _gated(self, one: Round, adapter: Adapter, memory: Memory, score: float) -> Adapter:
+        """The adapter; or the last that passed, with the memory of then, if the score has fallen too far from its."""
         fall = self.config.evaluation.rollback
         if fall is not None and self.passed is not None and score < self.passed[1] - fall:
             one.log("server", {"rolled_back_to": self.passed[0]})
-            return self.folder.load(self.passed[0]).adapter
+            before = self.folder.load(self.passed[0])
+            memory.clear()
+            memory.update(before.memory)
+            return before.adapter
         self.passed = (one.number, score) if fall is not None and score == score else self.passed
         return adapter
 
@@ -237,6 +244,14 @@ class Run:
         memory.update(moments)
         return stepped
 
+    def _entries(self) -> list[dict[str, Any]]:
+        return Ledger.entries(self.ledger.path)
+
+    def _committed(self, number: int) -> None:
+        """Note a round's MANIFEST in the ledger, whose head members keep."""
+        digest = manifest_digest(self.folder.path / "rounds" / f"{number:04d}")
+        self.ledger.append(run=self.name, round=number, contract=self.hash, decision="committed", manifest=digest)
+
     def _note(self, envelope: Envelope, client: ClientId, decision: str, **what: int | str) -> None:
         where = {"verb": envelope.verb, "contract": self.hash, "request": envelope.digest(), "decision": decision}
         self.ledger.append(run=self.name, round=0, peer=client, **where, **what)
@@ -248,27 +263,3 @@ class Run:
         size = self._cohort_size(len(names))
         order = permutation(len(names), self.config.seed, number, "cohort")
         return sorted(names[i] for i in order[:size])
-
-    def _card(self, clients: Mapping[ClientId, Introduced]) -> str:
-        algorithm = self.config.algorithm.model_dump(mode="json")
-        settings = "\n".join(f"- `{name}`: {value}" for name, value in algorithm.items())
-        left, carries = (
-            (
-                "No member's prompts or single rewards left it.",
-                "LoRA deltas, and the gradients and means that members share, carry information about what they were "
-                "trained on.",
-            )
-            if "server" not in self.config.algorithm.needs
-            else (
-                "It was trained at the server; nothing but numbers about the server's own candidates left a member.",
-                "Ratings carry information about the answers and models that they rest on.",
-            )
-        )
-        return (
-            f"---\nbase_model: {self.config.policy.model}\nlibrary_name: peft\ntags: [fedpact, lora, federated]\n---\n"
-            f"# {self.name}\n\nA LoRA adapter aligned by {len(clients)} members with FedPact {__version__}: "
-            f"{self.config.rounds} rounds of `{algorithm.get('name')}`. {left}\n\n"
-            f"Objectives: {', '.join(self.config.objectives)}.\n\n{settings}\n\n"
-            f"Base model SHA-256 `{self.start.model.sha256}`; contract `{self.hash}`.\n\n"
-            f"{carries} Unless members added noise of their own, this run has no formal privacy guarantee.\n"
-        )

@@ -124,6 +124,8 @@ class ServerSide(Learner):
                 if self._per_objective and weights is not None:  # one of several exchanges, one for each
                     alone = self.objectives[int(weights.argmax())]
                     self._round.log(client, {f"train/reward/{alone}": rewards[alone]})
+                    if "epsilon" in reply.metrics:
+                        self._round.log(client, {f"train/epsilon/{alone}": reply.metrics["epsilon"]})
                     continue
                 self._round.log(client, {f"train/reward/{name}": value for name, value in rewards.items()})
                 if reply.accuracy is not None:

@@ -7,6 +7,7 @@ admitted replies lie in `rounds/0007.partial`, the spool, from which a restarted
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -267,3 +268,9 @@ class RunFolder:
     def _require_lock(self) -> None:
         if self._lock is None:
             raise ValueError("this RunFolder only reads: use RunFolder.create or RunFolder.open to write")
+
+
+def manifest_digest(folder: Path) -> str:
+    """SHA-256 of a round's MANIFEST, which names those of its files."""
+    with storing(folder):
+        return hashlib.sha256((folder / files.MANIFEST).read_bytes()).hexdigest()

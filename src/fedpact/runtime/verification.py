@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from fedpact.errors import StoreError
 from fedpact.runtime.envelope import START
 from fedpact.runtime.files import MANIFEST, read_folder, storing
 from fedpact.runtime.ledger import Ledger
-from fedpact.runtime.store import RunFolder
+from fedpact.runtime.store import RunFolder, manifest_digest
 
 Entries = list[dict[str, Any]]
 
@@ -28,12 +27,15 @@ def verified(out: Path) -> list[str]:
         compared = sum(_compared(out, server, name, own) for name, own in members.items())
         lines.append(f"heads: {compared} that one side kept of the other are where they were")
     rounds = sorted(path for path in (out / "rounds").glob("[0-9]*") if (path / MANIFEST).is_file())
-    metrics = b""
+    metrics, noted = b"", {e["round"]: e["manifest"] for e in server if e.get("decision") == "committed"}
     for path in rounds:
         content = read_folder(path, remedy=f"restore {path} from a copy")
         contract = store.load(int(path.name)).state["contract"]
         if contract != record["contract"]:
             raise StoreError(f"{path}: was made under contract {contract[:12]}, run.json has {record['contract'][:12]}")
+        lost = path == rounds[-1] and int(path.name) not in noted  # its line, to a crash
+        if not lost and noted.get(int(path.name)) != manifest_digest(path):
+            raise StoreError(f"{path}: its MANIFEST is not the one in the ledger; restore {path} from a copy")
         metrics += content["metrics.jsonl"]
     missing = sorted(set(range(len(rounds))) - {int(path.name) for path in rounds})
     if missing:
@@ -47,12 +49,6 @@ def verified(out: Path) -> list[str]:
         read_folder(path, remedy=f"`fedpact resume {out}` writes it again")
     lines.append(f"exports: {', '.join(path.name for path in finals) or 'none yet'}")
     return lines
-
-
-def manifest_digest(path: Path) -> str:
-    """SHA-256 of a round's MANIFEST, which names those of its files."""
-    with storing(path):
-        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
 
 
 def _compared(out: Path, server: Entries, name: str, own: Entries) -> int:

@@ -44,7 +44,7 @@ class Jail(Protocol):
     @property
     def name(self) -> str: ...
     def start(self, program: str, limits: Limits) -> Confined:
-        """A fresh Python (-I -S -B) that runs `program`, confined; it must end when its stdin does.
+        """A fresh Python (`interpreter.FLAGS`) that runs `program`, confined; it must end when its stdin does.
 
         It is confined by the time it has printed something: send hostile text only then. `program` has no
         `__future__` import. Raises OSError where it cannot be started.

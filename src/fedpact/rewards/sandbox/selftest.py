@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import time
 from dataclasses import dataclass
 
 from fedpact.rewards.sandbox.confinement import ATTACK_LIMITS, ATTACKS, RUNNER, Scene, converse, stopped
 from fedpact.rewards.sandbox.interpreter import MODULES
 from fedpact.rewards.sandbox.jail import Jail, Limits
+from fedpact.rewards.sandbox.verdict import verdict_attacks
 
 _CONTROL = """
 import MODULES
@@ -81,7 +80,7 @@ def self_test(jail: Jail) -> Report:
     lines = [_positive_control(jail)]
     if lines[0].held:
         lines += _confinement(jail)
-        lines += _verdict(jail)
+        lines += [Line(attack, held) for attack, held in verdict_attacks(jail)]
     return Report(jail.name, tuple(lines), time.monotonic() - began)
 
 
@@ -110,12 +109,3 @@ def _confinement(jail: Jail) -> list[Line]:
                 lines.append(Line(attack.name, False, str(error)))
         lines.append(Line("nothing outside was touched", not scene.victim_died() and not scene.changed()))
     return lines
-
-
-def _verdict(jail: Jail) -> list[Line]:
-    """The attacks on the verdict, where that half is installed."""
-    name = "fedpact.rewards.sandbox.verdict"
-    if importlib.util.find_spec(name) is None:
-        return []
-    attacks: list[tuple[str, bool]] = importlib.import_module(name).verdict_attacks(jail)
-    return [Line(attack, held) for attack, held in attacks]
