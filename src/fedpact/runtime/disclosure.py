@@ -67,7 +67,7 @@ def enough(
     A training reply's rest on `trained_on`, a measurement of gradients' on one `batch` (None: not known yet); of these
     an objective's mean rests on those `measured`, [m]: a reward may not apply to all.
     """
-    if measured is not None and isinstance(reply, (Trained, Differentiated)):
+    if measured is not None and isinstance(reply, (Trained, Differentiated)) and reply.rewards.shape == measured.shape:
         rare = (measured > 0) & (measured < min_samples)  # [m]
         reply = replace(reply, rewards=reply.rewards.masked_fill(rare, torch.nan))
         if isinstance(reply, Trained) and bool(rare.any()):
