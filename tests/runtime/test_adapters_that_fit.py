@@ -144,6 +144,7 @@ def factors(adapter: Adapter) -> set[str]:
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("personal", marks=pytest.mark.slow), "alternating", "products"])
 def test_a_resumed_run_ends_where_an_unbroken_one_does(runs: Runs, name: str) -> None:
     expected = results(runs[name][1])

@@ -73,6 +73,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(run_file, f
     assert results(other)[adapter] != results(finished)[adapter]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 6])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_in_one_line_and_it_can_be_resumed(run_file, finished, capfd, number, code, calls):
@@ -85,6 +86,7 @@ def test_a_signal_ends_a_run_in_one_line_and_it_can_be_resumed(run_file, finishe
     assert results(out_of(run_file)) == results(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )
@@ -225,6 +227,7 @@ def test_a_member_that_begins_to_fail_is_named_and_dropped_and_the_run_goes_on(m
     assert failed == {(2, "east"), (3, "east"), (4, "east")}
 
 
+@pytest.mark.slow
 def test_a_run_with_too_few_replies_stops_and_goes_on_once_the_reward_is_mended(moody, capfd):
     expected = unbroken(moody, "--set", "federation.min_replies=3")  # the flag names runs/run: this one is not hit
     capfd.readouterr()
@@ -250,6 +253,7 @@ def test_replies_that_were_admitted_before_a_failure_are_not_asked_for_again(moo
     assert asked == [("east", 0), ("north", 0), ("south", 0), ("east", 1)]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_without_a_member_can_be_resumed_without_it(moody, capfd):
     assert in_process("run", moody) == 0
     expected = results(out_of(moody))
@@ -283,6 +287,7 @@ def files_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_a_checkpoint_costs_no_round(run_file, capfd):
     options = [*settings("fedmoa"), "--set", "rounds=2"]
     expected = unbroken(run_file, *options)
@@ -302,6 +307,7 @@ def test_a_disk_that_fills_up_under_a_checkpoint_costs_no_round(run_file, capfd)
     assert results(out) == expected
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_a_member_stops_the_run_and_drops_nobody(run_file, finished, capfd):
     adapter = len(results(finished)["rounds/0001/adapter_model.safetensors"])
     with files_at_most(adapter + 10):  # a reply holds a little more than an adapter
