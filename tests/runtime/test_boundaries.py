@@ -32,6 +32,7 @@ from fedpact.runtime.contract import contract_hash, contract_of
 from fedpact.runtime.engines import Engines
 from fedpact.runtime.envelope import Answer, Envelope, seal, unwrap, wrap
 from fedpact.runtime.gate import Gate
+from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.member import Member
 from fedpact.runtime.server import ServerSide
 from tests.runtime.test_exchange import ScriptedTransport, one_round
@@ -520,3 +521,49 @@ def test_any_other_training_is_logged_whole_even_where_one_objective_has_all_the
         "train/accuracy 0.5",
         "train/weight/correct 0.123456",
     ]
+
+
+def test_between_sites_a_members_sampling_is_keyed_by_its_own_secret(tmp_path: Path) -> None:
+    def seed(home: str, *, simulation: bool = False) -> int:
+        site = Gate(SiteSettings(), where="north.toml", home=tmp_path / home, simulation=simulation)
+        return site.sampling_seed(7)
+
+    assert seed("north") == seed("north")  # the same again, after a restart too
+    assert len({7, seed("north"), seed("south")}) == 3
+    assert seed("north", simulation=True) == 7
+
+
+def test_a_mean_that_rests_on_too_few_rewards_stays_whatever_the_batch() -> None:
+    trained = reply(rewards=torch.tensor([0.5, 0.25]))
+    left = gate(min_samples=4).leave(Train(SENT), trained, measured=torch.tensor([4, 3]))
+    assert isinstance(left, Trained)
+    assert left.rewards.isnan().tolist() == [False, True]
+    assert left.accuracy is None
+    whole = gate(min_samples=3).leave(Train(SENT), trained, measured=torch.tensor([4, 3]))
+    assert isinstance(whole, Trained)
+    assert whole.accuracy == 0.5 and bool(whole.rewards.isfinite().all())
+
+
+def test_an_epsilon_that_is_infinite_is_not_sent(tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    Ledger(tmp_path / "ledger.jsonl").append(verb="train", decision="sent", reply="ab")  # left without noise
+    site = SiteSettings(clip_norm=1.0, noise_multiplier=1.0)
+    left = Gate(site, where="north.toml", home=tmp_path, simulation=True).leave(Train(SENT), reply())
+    assert isinstance(left, Trained)
+    assert left.metrics == {}
+    encode(left)  # a message holds no infinity
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"federation": {"aggregation": "trimmed_mean"}, "algorithm": {"name": "scaffold"}}, "federation.aggregation"),
+        ({"federation": {"aggregation": "trimmed_mean", "averaging": "products"}}, "federation.aggregation"),
+        ({"evaluation": {"rollback": 0.1}, "server_optimizer": {"name": "adam"}}, "evaluation.rollback"),
+    ],
+)
+def test_ways_of_averaging_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
+    config = {"rounds": 1, "objectives": {"a": {}}, "policy": {"model": "m"}, "algorithm": {"name": "fedavg"}}
+    sgd = {"optimizer": {"name": "sgd"}} if changes.get("algorithm") else {}
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        RunConfig.model_validate({**config, **sgd, **changes})
