@@ -3,10 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: demo test fast slow lint bench chaos soak results clean
+.PHONY: demo federation test fast slow lint bench chaos soak outages results clean
 
 demo: $(READY)
 	$(BIN)/fedpact demo
+
+# a SuperLink and three sites as processes of their own on this machine, and the demo across them
+federation: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.federation
 
 test: lint fast slow
 
@@ -32,6 +36,10 @@ chaos: $(READY)
 
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.soak
+
+# every process of a federation killed mid-round, and members that come, go and are slow
+outages: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.outages
 
 results: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning

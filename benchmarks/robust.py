@@ -97,6 +97,7 @@ def bad_replies() -> dict[str, Sent]:
         "weight 1e12": Sent(filled(50.0), weight=1e12),
         "weight 1e9": Sent(filled(50.0), weight=1e9),
         "weight -39": Sent(filled(50.0), weight=-39.0),
+        "weight 5e-324": Sent(filled(50.0), weight=5e-324),
         "weight NaN": Sent(filled(50.0), weight=math.nan),
         "missing key": Sent({A: SENT[A] + 50}),
         "extra key": Sent({**filled(50.0), "more": torch.ones(1)}),

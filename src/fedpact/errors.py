@@ -5,6 +5,7 @@ FedPactError                1   our bug, unless a subclass says otherwise
 │   ├── DataError           2   prompts cannot be read
 │   └── RewardError         2   a member's reward function misbehaves
 ├── RefusedError            3   a safety rule said no
+│   ├── UnacceptedError     3   a member has not accepted this contract
 │   └── InadmissibleError   3   the server will not take this reply
 ├── StoreError              4   the run folder cannot be read or written
 ├── TooFewRepliesError      5   an exchange ended below `min_replies`
@@ -40,6 +41,10 @@ class RefusedError(FedPactError):
     """A safety rule refused; nothing was sent."""
 
     exit_code = 3
+
+
+class UnacceptedError(RefusedError):
+    """A member has not accepted the run's contract."""
 
 
 class InadmissibleError(RefusedError):

@@ -55,8 +55,8 @@ def reply(**changes: Any) -> Trained:
     return replace(good, **changes)
 
 
-def gate(*, simulation: bool = False, **site: Any) -> Gate:
-    made = Gate(SiteSettings(**site), where="north.toml", home=Path("unused"), simulation=simulation)
+def gate(*, simulation: bool = False, home: Path = Path("unused"), **site: Any) -> Gate:
+    made = Gate(SiteSettings(**site), where="north.toml", home=home, simulation=simulation)
     made.trained_on = 64  # as after accepting a contract
     return made
 
@@ -349,13 +349,13 @@ def test_a_members_weight_is_capped_by_its_gate() -> None:
     assert gate(max_weight=2.0).leave(Train(SENT), reply()).weight == 2.0  # type: ignore[attr-defined]
 
 
-def test_a_site_accepts_the_pinned_contract_only() -> None:
+def test_a_site_accepts_the_pinned_contract_only(tmp_path: Path) -> None:
     text = canonical()
     assert gate(accept=contract_hash(text)).accept(text).rounds == 3
     with pytest.raises(RefusedError, match=r"site\.accept"):
-        gate(accept=contract_hash(text)).accept(canonical(rounds=4))
-    with pytest.raises(RefusedError, match="no contract accepted"):
-        gate().accept(text)
+        gate(accept=contract_hash(text), home=tmp_path).accept(canonical(rounds=4))
+    with pytest.raises(RefusedError, match="no contract is accepted"):
+        gate(home=tmp_path).accept(text)
     assert gate(simulation=True).accept(text).rounds == 3
 
 

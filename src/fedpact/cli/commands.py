@@ -17,6 +17,8 @@ from fedpact.cli.example import RUN_FILE, example_files
 from fedpact.cli.progress import Progress, traffic
 from fedpact.cli.records import head, summary
 from fedpact.edge.local import check_members, local_members, local_transport, resumed_transport
+from fedpact.edge.submit import resumed as resubmit
+from fedpact.edge.submit import submit
 from fedpact.errors import CheckFailedError, ConfigError, StoreError
 from fedpact.messages import Evaluate
 from fedpact.report.page import write_report
@@ -25,8 +27,11 @@ from fedpact.rewards.sandbox.jail import available_jails
 from fedpact.rewards.sandbox.selftest import self_test
 from fedpact.runtime import launch
 from fedpact.runtime.config import load_run
-from fedpact.runtime.engines import Engines
+from fedpact.runtime.contract import contract_hash, contract_of
+from fedpact.runtime.engines import Engines, skeleton
+from fedpact.runtime.files import storing
 from fedpact.runtime.ledger import Ledger
+from fedpact.runtime.plain import in_words
 from fedpact.runtime.store import RunFolder
 from fedpact.screen import say
 from fedpact.tasks.demo import write_demo
@@ -68,21 +73,43 @@ def check(path: Path, overrides: Sequence[str]) -> None:
     say(f"{path}: ready; {len(members)} members, {crosses}")
 
 
-def run(path: Path, out: Path | None, overrides: Sequence[str], transport: str) -> None:
+def contract(path: Path, overrides: Sequence[str], out: Path | None) -> None:
+    """What a run asks of its members, in plain words, and as a file for them to accept."""
+    config = load_run(path, overrides)
+    model = skeleton(config.policy, where=str(path), folder=path.parent)
+    agreed = contract_of(config, model=model.sha256)
+    canonical = agreed.canonical()
+    for line in in_words(agreed, contract_hash(canonical)):
+        say(line)
+    if out is not None:
+        with storing(out):
+            out.write_text(canonical + "\n", encoding="utf-8")
+        say(f"wrote {out}; each member: `fedpact site accept CLIENT.toml {out.name}`")
+
+
+def run(
+    path: Path, out: Path | None, overrides: Sequence[str], transport: str = "local", superlink: str | None = None
+) -> None:
     """A new run from a run file."""
-    if transport != "local":
-        raise ConfigError(f"--transport {transport}: not in this version; expected local")
+    if transport not in ("local", "flower"):
+        raise ConfigError(f"--transport {transport}: expected local or flower")
     config = load_run(path, overrides)
     out = out or path.parent / "runs" / path.stem
+    if transport == "flower":
+        submit(config, path, out, superlink=superlink, say=say)
+        return
     progress = Progress(config.rounds)
     launch.start(config, path.parent, out, where=str(path), make=local_transport, observer=progress)
     _finish(out)
 
 
-def resume(out: Path) -> None:
+def resume(out: Path, superlink: str | None = None) -> None:
     """Go on with a run."""
     record = RunFolder(out).read_run()
     config, _ = launch.recorded(record, out)
+    if record.get("transport") == "flower":
+        resubmit(out, superlink)
+        return
     now = launch.versions()
     changed = [f"{name} {old} -> {now.get(name)}" for name, old in record["versions"].items() if now.get(name) != old]
     if changed:
@@ -112,7 +139,9 @@ def status(out: Path, *, as_json: bool) -> None:
 def evaluate(out: Path, *, as_json: bool) -> None:
     """The last committed adapter at every member, now; nothing is recorded."""
     store = RunFolder(out)
-    config, folder, begin = launch.begun(store.read_run(), out)
+    record = store.read_run()
+    launch.refuse_sites(record, out)
+    config, folder, begin = launch.begun(record, out)
     latest = store.latest_round()
     if latest is None:
         raise StoreError(f"{out}: no round is committed yet; `fedpact resume {out}`")
@@ -162,6 +191,7 @@ def doctor(*, attacks: bool = False) -> None:
         "http": "httpx",
         "dp": "dp_accounting",
         "code": "sandlock",
+        "flower": "flwr",
     }
     for extra, package in extras.items():
         try:

@@ -1,4 +1,4 @@
-"""The files that `fedpact init` writes: the smallest run that trains on something."""
+"""The files that `fedpact init` and `fedpact site init` write: the smallest run that trains on something."""
 
 from __future__ import annotations
 
@@ -68,20 +68,69 @@ def short(prompts, completions, **columns):
     return [1.0 if len(text) <= 200 else 0.0 for text in texts]
 '''
 
+_SITE = """\
+# A member's file: it never leaves the member. Every key is explained in docs/configuration.md.
+name = "{name}"                          # as its key is registered with the coordinator
+task = "arithmetic"
+
+[model]
+path = "./model"                         # your own copy of the run's base model; the contract holds its hash
+
+[prompts]
+path = "data/{name}.jsonl"
+heldout_share = 0.25
+as_chat = true
+
+# One table for each of the run's objectives that you can measure.
+[rewards.correct]
+use = "fedpact.rewards:numeric_answer"
+
+[rewards.format]
+use = "rewards.py:short"
+
+[site]
+# What may leave beside the adapter; "metrics" and "gradients" tell more. `fedpact site check` spells it out.
+share = ["rewards", "accuracy"]
+# Ceilings: a run that asks for more is refused, never trimmed.
+max_rounds = 200
+max_local_steps = 16
+max_completion_length = 1024
+max_learning_rate = 1e-3
+# Noise with a guarantee (pip install 'fedpact[dp]'); what it costs is in docs/results.md:
+# clip_norm = 1.0
+# noise_multiplier = 4.0
+# epsilon = 8.0
+
+[service]
+home = "{name}.site"                     # memory, ledger, secret, accepted contract: for the service's user alone
+socket = "{name}.socket/site.sock"       # where another user's front end must reach it: /run/fedpact/{name}/site.sock
+peers = []                               # users who may speak to it beside the service's own, such as ["fpnode-{name}"]
+"""
+
 
 def example_files() -> dict[str, str]:
-    """Path to text."""
+    """A run's files: path to text."""
     files = {RUN_FILE: _RUN, "clients/rewards.py": _REWARDS}
     for name, sign in {"north": "+", "south": "-"}.items():
         reward = "fedpact.rewards:format_tags" if name == "north" else "rewards.py:short"
         files[f"clients/{name}.toml"] = _CLIENT.format(name=name, format=reward)
-        rows = [
-            {
-                "prompt": f"What is {a} {sign} {b}? Think inside <think></think>, answer inside <answer></answer>.",
-                "answer": str(a + b if sign == "+" else a - b),
-            }
-            for a in range(12, 32)
-            for b in (3, 7)
-        ]
-        files[f"data/{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+        files[f"data/{name}.jsonl"] = _questions(sign)
     return files
+
+
+def site_example(name: str) -> dict[str, str]:
+    """A member's files: path to text. Its objectives are those of the example run."""
+    return {f"{name}.toml": _SITE.format(name=name), "rewards.py": _REWARDS, f"data/{name}.jsonl": _questions("+")}
+
+
+def _questions(sign: str) -> str:
+    """Additions or subtractions with their answers, as JSONL."""
+    rows = [
+        {
+            "prompt": f"What is {a} {sign} {b}? Think inside <think></think>, answer inside <answer></answer>.",
+            "answer": str(a + b if sign == "+" else a - b),
+        }
+        for a in range(12, 32)
+        for b in (3, 7)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)

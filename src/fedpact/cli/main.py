@@ -30,6 +30,9 @@ app.add_typer(site.app, name="site")
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.")]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a key of the run file.")]
+Superlink = Annotated[
+    str | None, typer.Option(metavar="NAME", help="For flower: a connection of Flower's configuration.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -87,20 +90,33 @@ def run(
     run: RunFile,
     out: Annotated[Path | None, typer.Option(help="A new folder; by default runs/NAME beside the run file.")] = None,
     set_: Set = None,
-    transport: Annotated[str, typer.Option(help="local; flower is not in this version.")] = "local",
+    transport: Annotated[str, typer.Option(help="local: all members here; flower: real sites.")] = "local",
+    superlink: Superlink = None,
 ) -> None:
     """Run it. An existing folder is refused: `fedpact resume` goes on with it."""
     from fedpact.cli import commands
 
-    commands.run(run, out, set_ or [], transport)
+    commands.run(run, out, set_ or [], transport, superlink)
 
 
 @app.command()
-def resume(folder: RunDir) -> None:
+def contract(
+    run: RunFile,
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it, for members to accept.")] = None,
+) -> None:
+    """Say in plain words what a run asks of its members."""
+    from fedpact.cli import commands
+
+    commands.contract(run, set_ or [], out)
+
+
+@app.command()
+def resume(folder: RunDir, superlink: Superlink = None) -> None:
     """Go on with an interrupted run."""
     from fedpact.cli import commands
 
-    commands.resume(folder)
+    commands.resume(folder, superlink)
 
 
 @app.command()

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpact.edge.site import site_home
 from fedpact.errors import ConfigError
+from fedpact.runtime.client_config import load_client
 from fedpact.runtime.envelope import START
 from fedpact.runtime.ledger import Ledger
 from fedpact.screen import say
@@ -30,9 +32,11 @@ def verify(out: Path, replay: Sequence[int]) -> None:
 
 def ledger(path: Path, *, as_json: bool) -> None:
     """A member's ledger, verified: each line, and what it adds up to. Raises StoreError where the chain is broken."""
+    if path.suffix == ".toml":
+        path = site_home(load_client(path), path)
     file = path / "ledger.jsonl" if path.is_dir() else path
     if not file.exists():
-        raise ConfigError(f"{file}: no such ledger; name a member's folder, as in RUN/clients/NAME")
+        raise ConfigError(f"{file}: no such ledger; name a client file, or a member's folder as in RUN/clients/NAME")
     entries = Ledger.entries(file)
     if as_json:
         print(json.dumps({"ledger": str(file), "entries": entries, "head": head(entries)}, indent=2))

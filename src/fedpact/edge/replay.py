@@ -13,7 +13,7 @@ from fedpact.errors import CheckFailedError, ConfigError
 from fedpact.runtime.codec import decode
 from fedpact.runtime.envelope import START, Envelope
 from fedpact.runtime.files import json_line
-from fedpact.runtime.launch import begun
+from fedpact.runtime.launch import begun, refuse_sites
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.run import Run
 from fedpact.runtime.store import RunFolder, manifest_digest
@@ -58,6 +58,7 @@ def replayed(out: Path, round: int) -> str:
     if latest is None or not 0 <= round <= latest:
         raise ConfigError(f"--replay {round}: committed are the rounds up to {latest}")
     record = store.read_run()
+    refuse_sites(record, out)
     config, folder, begin = begun(record, out)
     states = {number: store.load(number).state for number in range(round + 1)}
     first = round if round > 0 and _remembered(out, states[round - 1]["since"]) else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -48,6 +47,8 @@ class Limits:
     num_objectives: int
     objectives: frozenset[str] | None = None
     """Their names; None where nobody introduces himself."""
+    min_weight: float = 1e-9
+    """A share of the sum of weights must not round to nothing."""
     max_weight: float = 1e9
     max_reward: float = 1e6
 
@@ -83,8 +84,9 @@ def admit(reply: Reply, limits: Limits, request: Request[Any]) -> None:
         _between("mean", reply.mean, -limits.max_reward, limits.max_reward)
         _between("std", reply.std, 0, limits.max_reward)
         _between("accuracy", reply.accuracy, 0, 1)
-    if isinstance(reply, Averaged) and not (math.isfinite(reply.weight) and 0 < reply.weight <= limits.max_weight):
-        raise InadmissibleError(f"weight: found {reply.weight}, expected a number in (0, {limits.max_weight:g}]")
+    if isinstance(reply, Averaged) and not limits.min_weight <= reply.weight <= limits.max_weight:
+        expected = f"a number in [{limits.min_weight:g}, {limits.max_weight:g}]"
+        raise InadmissibleError(f"weight: found {reply.weight}, expected {expected}")
     if isinstance(reply, (Trained, Evaluated)):
         _check("rewards", reply.rewards, (limits.num_objectives,), torch.float32, nan=True)
         _between("rewards", reply.rewards, -limits.max_reward, limits.max_reward)

@@ -102,6 +102,9 @@ class SiteSettings(Settings):
     """Names of the figures that "metrics" shares, with * and ?."""
     min_samples: PositiveInt | None = None
     """Report no means that rest on fewer completions. None: 20; 1 in a simulation."""
+    public_sampling: bool = False
+    """Draw completions from the run's public seed, as a simulation does, so that its bytes can be compared. The server
+    could then draw a prompt that it has guessed in the same way. Otherwise draws depend on this member's secret too."""
     clip_norm: PositiveFloat | None = None
     """Shorten a larger change of the adapter to this norm."""
     noise_multiplier: PositiveFloat | None = None
@@ -135,6 +138,22 @@ class SiteSettings(Settings):
         return self
 
 
+class ServiceSettings(Settings):
+    """The site service: where it keeps things, and who may speak to it. A simulation takes no notice."""
+
+    home: Place | None = None
+    """Private folder of memory, ledger, secret and accepted contract, relative to the client file. None: the client
+    file's name with .site instead of .toml."""
+    socket: Place | None = None
+    """Unix socket of the service. Its folder is made if need be, for this user and its group alone. None: site.sock in
+    a folder named like the client file, with .socket instead of .toml."""
+    peers: tuple[str, ...] = ()
+    """Names or numbers of users, beside the service's own, who may speak to it: that of `fedpact site connect`, or of
+    the SuperNode."""
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of the mathematics. None: torch's choice."""
+
+
 class ClientConfig(Settings):
     """A client file: a member's own, it never leaves."""
 
@@ -151,6 +170,7 @@ class ClientConfig(Settings):
     """What it knows of the server's questions."""
     rewards: dict[str, RewardSettings] = Field(min_length=1)
     site: SiteSettings = SiteSettings()
+    service: ServiceSettings = ServiceSettings()
 
     @model_validator(mode="after")
     def _own_name(self) -> ClientConfig:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fedpact.algorithms.base import Algorithm
-from fedpact.errors import RefusedError
+from fedpact.errors import RefusedError, UnacceptedError
 from fedpact.messages import (
     Averaged,
     Differentiate,
@@ -31,6 +31,7 @@ from fedpact.messages import (
     Train,
     Trained,
 )
+from fedpact.runtime.acceptance import accepted, offer
 from fedpact.runtime.adapters import Factor, trained_factor
 from fedpact.runtime.budget import Budget
 from fedpact.runtime.client_config import SiteSettings
@@ -89,11 +90,14 @@ class Gate:
             found = contract_hash(canonical)
         except UnicodeEncodeError as error:
             raise RefusedError(f"{self.where}: contract not understood: it holds half a character") from error
-        if self.site.accept is None and not self.simulation:
-            raise RefusedError(f"{self.where}: site.accept: no contract accepted; this run's is {found}")
-        if self.site.accept not in (None, found):
-            raise RefusedError(
-                f"{self.where}: site.accept: {self.site.accept} is accepted; this run's contract is {found}"
+        pinned = self.site.accept if self.simulation else self.site.accept or accepted(self.home)
+        if pinned != found and not (pinned is None and self.simulation):
+            if not self.simulation:
+                offer(self.home, canonical)
+            what = "no contract" if pinned is None else pinned
+            raise UnacceptedError(
+                f"{self.where}: site.accept: {what} is accepted; this run's contract is {found}: "
+                "read and accept it with `fedpact site accept`"
             )
         contract = read_contract(canonical)
         if self.budget is not None:
@@ -238,7 +242,7 @@ class Gate:
     def sampling_seed(self, public: int) -> int:
         """The seed of this member's sampling: between sites its own, so that the server, which knows the run's, cannot
         draw a guessed prompt's completions again."""
-        return public if self.simulation else key(public, self._secret().hex())
+        return public if self.simulation or self.site.public_sampling else key(public, self._secret().hex())
 
     def _secret(self) -> bytes:
         """The key of this member's noise. A simulation's is public, so that the same seed gives the same bytes."""

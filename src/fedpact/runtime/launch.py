@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,9 +54,20 @@ def prepared(config: RunConfig, folder: Path, *, home: Path, where: str) -> Star
 
 
 def start(
-    config: RunConfig, folder: Path, out: Path, *, where: str, make: TransportMaker, observer: Observer, label: str = ""
+    config: RunConfig,
+    folder: Path,
+    out: Path,
+    *,
+    where: str,
+    make: TransportMaker,
+    observer: Observer,
+    label: str = "",
+    transport: Literal["local", "flower"] = "local",
 ) -> None:
-    """A new run in `out`, to its end. Raises ConfigError if `out` exists; then nothing has been written."""
+    """A new run in `out`, to its end. Raises ConfigError if `out` exists; then nothing has been written.
+
+    `transport` is what `make` makes, for the record: members between sites have their files to themselves.
+    """
     begin = prepared(config, folder, home=out, where=where)
     with RunFolder.create(out) as store:
         try:
@@ -73,9 +84,10 @@ def start(
                 "config": config.dump(),
                 "config_sha256": _digest(config.dump()),
                 "folder": str(folder.resolve()),
+                "transport": transport,
                 "contract": run.hash,
                 "model": {"path": str(begin.model.path), "sha256": begin.model.sha256},
-                "clients": client_digests(config, folder),
+                "clients": client_digests(config, folder, transport),
                 "members": {name: list(one.objectives) for name, one in clients.items()},
                 "versions": versions(),
                 "threads": torch.get_num_threads(),
@@ -92,7 +104,7 @@ def resume(out: Path, *, make: TransportMaker, observer: Observer) -> None:
     with RunFolder.open(out) as store:
         record = store.read_run()
         config, folder, begin = begun(record, out)
-        digests = client_digests(config, folder)
+        digests = client_digests(config, folder, record.get("transport", "local"))
         before = record["clients"]
         changed = [name for name in digests.keys() | before.keys() if digests.get(name) != before.get(name)]
         changed.sort(key=lambda name: (not name.endswith(".toml"), name))
@@ -101,6 +113,12 @@ def resume(out: Path, *, make: TransportMaker, observer: Observer) -> None:
             raise StoreError(f"{folder / changed[0]}: this {what} changed since the run began; put it back")
         run = Run(store, config, begin, make(config, folder, out, begin), observer)
         run.go(run.introduce())
+
+
+def refuse_sites(record: Mapping[str, Any], out: Path) -> None:
+    """Raises ConfigError for a run whose members are sites: they cannot be asked here."""
+    if record.get("transport", "local") != "local":
+        raise ConfigError(f"{out}: its members are sites of their own; this works on a simulation's folder only")
 
 
 def begun(record: Mapping[str, Any], out: Path) -> tuple[RunConfig, Path, Start]:
@@ -133,13 +151,13 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json_line(config)).hexdigest()
 
 
-def client_digests(config: RunConfig, folder: Path) -> dict[str, str]:
+def client_digests(config: RunConfig, folder: Path, transport: str = "local") -> dict[str, str]:
     """SHA-256 of every client file and of the prompts that these and the run file name, by path from its folder.
 
-    Reward code is not among them: a member may mend a reward that failed.
+    Reward code is not among them: a member may mend a reward that failed. Between sites only the server's own are here.
     """
     files: set[Path] = set()
-    for path in sorted((folder / config.simulation.clients).glob("*.toml")):
+    for path in sorted((folder / config.simulation.clients).glob("*.toml")) if transport == "local" else ():
         client = load_client(path)
         files |= {path, *_prompt_files(path.parent, client.prompts, client.answers)}
     if config.server is not None:

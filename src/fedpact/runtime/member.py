@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -103,6 +104,8 @@ class Member:
     def _reply(self, envelope: Envelope, request: Request[Any], digest: str) -> bytes:
         if isinstance(request, Hello):
             introduced, self.gate.run = self.gate.leave(request, self.hello(request)), envelope.run
+            if not self.gate.simulation:
+                self.store.keep_hello(envelope.run, request.contract)
             return encode(introduced)
         self.gate.place(envelope, self.contract)
         self.gate.open(request, None if self.contract is None else self.algorithm())
@@ -167,6 +170,14 @@ class Member:
             versions={package: version(package) for package in ("fedpact", "torch", "transformers", "peft")},
         )
 
+    def restore(self) -> None:
+        """Go on under the contract of the last hello, after a restart, if it is accepted still."""
+        run, contract = self.store.hello()
+        if contract:
+            with suppress(RefusedError):
+                self.hello(Hello(contract))
+                self.gate.run = run
+
     def evaluate(self, request: Evaluate) -> Evaluated:
         """Held-out results, for this member's own eyes: past the gate, and nothing is remembered."""
         client = self.side(round=0, exchange=0, since=None)
@@ -177,6 +188,10 @@ class Member:
         personal = isinstance(request, Train) or (isinstance(request, Evaluate) and request.personal)
         client = self.side(envelope.round, envelope.exchange, envelope.since, personal=personal)
         algorithm = self.algorithm()
+        if isinstance(request, Differentiate) and not (
+            client.contract.evaluation.conflicts or "gradients" in algorithm.needs
+        ):
+            raise RefusedError(f"{self.where}: gradients are asked for; the accepted contract asks for none")
         if isinstance(request, Differentiate) and not self.gate.shares_gradients:
             reply: Reply = withheld(request, len(client.objectives))
         elif isinstance(request, Evaluate) and "server" not in algorithm.needs:

@@ -22,7 +22,7 @@ class MemberStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self._reply = self.folder / "reply"
+        self._reply, self._hello = self.folder / "reply", self.folder / "hello"
 
     def load(self, since: tuple[int, int] | None) -> Memory:
         """The memory of version `since`; empty for None. Raises StoreError if that version is not kept here."""
@@ -59,6 +59,20 @@ class MemberStore:
         with storing(self._reply), self._reply.open("rb") as file:
             answered = file.readline().rstrip(b"\n")
             return file.read() if answered == request_digest.encode() else None
+
+    def keep_hello(self, run: str, contract: str) -> None:
+        """Keeps under which contract, in which run, this member works."""
+        with storing(self.folder):
+            make_private(self.folder)
+        if self.hello() != (run, contract):
+            atomic_write(self._hello, run.encode() + b"\n" + contract.encode())
+
+    def hello(self) -> tuple[str, str]:
+        """What `keep_hello` was given last: run and contract; empty before."""
+        with storing(self._hello):
+            found = self._hello.read_bytes() if self._hello.exists() else b""
+        run, _, contract = found.partition(b"\n")
+        return run.decode(errors="replace"), contract.decode(errors="replace")
 
     def prune(self, since: tuple[int, int] | None) -> None:
         """Removes the versions older than `since`, which the server will not ask for again; None removes nothing."""

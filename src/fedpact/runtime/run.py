@@ -8,25 +8,24 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedpact.core.server_optimizer import server_step
-from fedpact.errors import ConfigError, InadmissibleError, StoreError, TooFewRepliesError
+from fedpact.errors import ConfigError, StoreError, TooFewRepliesError
 from fedpact.faults import fault_point
-from fedpact.messages import Hello, Introduced
-from fedpact.runtime.adapters import refuse_rank
-from fedpact.runtime.admission import Limits, admit, max_bytes
+from fedpact.messages import Introduced
+from fedpact.runtime.admission import Limits
 from fedpact.runtime.bounds import Norms, Rules, capped_prompts
 from fedpact.runtime.card import model_card
-from fedpact.runtime.codec import encode
 from fedpact.runtime.config import RunConfig
 from fedpact.runtime.contract import Contract, contract_hash, contract_of
 from fedpact.runtime.engines import Skeleton
-from fedpact.runtime.envelope import Envelope, Version, opened, seal
+from fedpact.runtime.envelope import Version
 from fedpact.runtime.exchange import Round
+from fedpact.runtime.greeting import Greeting
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.measure import conflicts, evaluate, maps_conflicts
 from fedpact.runtime.server import ServerSide
 from fedpact.runtime.store import RunFolder, manifest_digest
 from fedpact.runtime.trainer import Trainer
-from fedpact.runtime.transport import Failure, Transport
+from fedpact.runtime.transport import Transport
 from fedpact.seeding import permutation
 from fedpact.types import Adapter, ClientId, Memory
 
@@ -65,6 +64,7 @@ class Run:
         federation = config.federation
         self.rules = Rules(federation.max_share, federation.clip_factor, federation.clip_norm)
         self.ledger = Ledger(folder.path / "ledger.jsonl")
+        self.greeting = Greeting(self.name, self.canonical, config, transport, self.ledger, observer.dropped)
         self.since: dict[ClientId, Version] = {}
         self.norms: Norms = {}
         self.passed: tuple[int, float] | None = None
@@ -72,35 +72,12 @@ class Run:
 
     def introduce(self) -> dict[ClientId, Introduced]:
         """Say hello to everybody; who refuses the contract is dropped. Raises TooFewRepliesError or ConfigError."""
-        hello = Hello(self.canonical)
-        where = {"run": self.name, "contract": self.hash, "round": 0, "exchange": 0, "head": self.ledger.head}
-        envelopes = {client: seal(hello, **where) for client in self.transport.clients()}
-        sent = {client: encode(envelope) for client, envelope in envelopes.items()}
-        for client, envelope in envelopes.items():
-            self._note(envelope, client, "asked", bytes_out=len(sent[client]))
-        introduced: dict[ClientId, Introduced] = {}
-        for client, answer in self.transport.exchange(sent, timeout_s=self.config.federation.timeout_s):
-            if client not in envelopes or client in introduced:
-                continue  # nobody asked, or it has answered
-            if isinstance(answer, Failure):
-                self._note(envelopes[client], client, "failed")
-                self.observer.dropped(client, answer.reason)
-                continue
-            try:
-                reply, head = opened(envelopes[client], answer, max_bytes=max_bytes(hello, self.limits))
-                admit(reply, self.limits, hello)
-                assert isinstance(reply, Introduced)
-                refuse_rank(reply.rank, self.config)
-            except InadmissibleError as error:
-                self._note(envelopes[client], client, "refused", bytes_in=len(answer))
-                self.observer.dropped(client, str(error))
-                continue
-            self._note(envelopes[client], client, "admitted", bytes_in=len(answer), peer_head=head)
-            introduced[client] = reply
+        asked = list(self.transport.clients())
+        introduced = self.greeting.met(asked)
         if len(introduced) < self.config.federation.min_replies:
             raise TooFewRepliesError(
-                f"{len(introduced)} of {len(envelopes)} members said hello, expected at least "
-                f"{self.config.federation.min_replies} (federation.min_replies)"
+                f"{len(introduced)} of {len(asked)} members said hello, expected at least "
+                f"{self.config.federation.min_replies} (federation.min_replies){self.greeting.excuse()}"
             )
         size, needed = self._cohort_size(len(introduced)), self.config.federation.min_replies
         if size < needed:
@@ -113,7 +90,7 @@ class Run:
             raise ConfigError(
                 f"algorithm: its settings name {idle[0]!r}, on which no member trains; let one do so, or remove it"
             )
-        return dict(sorted(introduced.items()))
+        return introduced
 
     def go(self, clients: Mapping[ClientId, Introduced], *, until: int | None = None) -> None:
         """All rounds that are left, then the exports. Every committed round can be resumed from.
@@ -141,6 +118,10 @@ class Run:
             passed = checkpoint.state.get("passed")
             self.passed = None if passed is None else (int(passed[0]), float(passed[1]))
         for number in range(latest + 1, (self.config.rounds if until is None else until) + 1):
+            if strangers := [client for client in self.transport.clients() if client not in clients]:
+                clients = dict(
+                    sorted({**clients, **self.greeting.met(strangers)}.items())
+                )  # come lately, or changed its mind
             adapter = self._round(number, adapter, memory, clients)
         if until is not None:
             return
@@ -251,10 +232,6 @@ class Run:
         """Note a round's MANIFEST in the ledger, whose head members keep."""
         digest = manifest_digest(self.folder.path / "rounds" / f"{number:04d}")
         self.ledger.append(run=self.name, round=number, contract=self.hash, decision="committed", manifest=digest)
-
-    def _note(self, envelope: Envelope, client: ClientId, decision: str, **what: int | str) -> None:
-        where = {"verb": envelope.verb, "contract": self.hash, "request": envelope.digest(), "decision": decision}
-        self.ledger.append(run=self.name, round=0, peer=client, **where, **what)
 
     def _cohort_size(self, members: int) -> int:
         return max(1, math.ceil(round(self.config.federation.participation * members, 9)))

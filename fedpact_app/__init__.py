@@ -1,0 +1,1 @@
+"""What FedPact ships as a Flower app. It imports nothing but the standard library and Flower."""
