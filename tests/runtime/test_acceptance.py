@@ -9,7 +9,7 @@ import torch
 
 from fedpact.core.lora import initial_adapter
 from fedpact.errors import RefusedError, UnacceptedError
-from fedpact.messages import Hello, Introduced, Train, Trained
+from fedpact.messages import Differentiate, Differentiated, Hello, Introduced, Train, Trained
 from fedpact.runtime import acceptance
 from fedpact.runtime.client_config import ClientConfig, load_client
 from fedpact.runtime.codec import encode
@@ -128,6 +128,21 @@ def test_a_restarted_service_whose_settings_no_longer_allow_the_contract_has_non
     acceptance.accept(site.home, contract)
     site.start().handle(encode(hello(contract)))
     assert site.start(max_completion_length=1).accepted is None
+
+
+def test_gradients_are_not_given_to_a_run_whose_contract_asks_for_none(site: Site) -> None:
+    with_map, without = site.contract(), site.contract("evaluation.conflicts=false")
+    for contract in (with_map, without):
+        acceptance.accept(site.home, contract)
+        member = site.start(share=("rewards", "gradients"))
+        member.handle(encode(hello(contract)))
+        where = {"run": "r", "contract": contract_hash(contract), "round": 1, "exchange": 0}
+        asked = seal(Differentiate(site.adapter(), 4, 7), **where)
+        if contract == with_map:
+            assert isinstance(unwrap(asked, member.handle(encode(asked))), Differentiated)
+        else:
+            with pytest.raises(RefusedError, match="the accepted contract asks for none"):
+                member.handle(encode(asked))
 
 
 def test_a_simulation_keeps_no_acceptance(site: Site) -> None:

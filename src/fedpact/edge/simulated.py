@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
@@ -143,13 +144,13 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as report:
         os.dup2(2, 1)  # what members print goes to the log
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the ServerApp, whose end is this one's
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, _stop)
         order = json.loads(sys.stdin.readline())
         threading.Thread(target=_end_with, args=(sys.stdin, order["run_id"]), daemon=True).start()
         try:
-            _serve(order, lambda: print(_READY, file=report, flush=True))
+            _serve(order, lambda: say(_READY, to=report))
         except Exception as error:
-            print(exit_line(error, Path(order["out"]).parents[1]), file=report, flush=True)
+            say(exit_line(error, Path(order["out"]).parents[1]), to=report)
             sys.exit(1)
 
 
@@ -191,13 +192,20 @@ def _own_folder(run_id: int) -> Path:
     return path
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the cleaning up is not interrupted
+    sys.exit(0)
+
+
 def _end_with(order: IO[str], run_id: int) -> None:
     """Ends this process when nobody holds the other end any more."""
     order.read()
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # another thread's would not wake it
-    time.sleep(_END_S)  # within one long operation no handler runs
+    end = time.monotonic() + _END_S
+    while time.monotonic() < end:  # a signal that comes just before the main thread falls asleep does not wake it
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        time.sleep(0.2)
     shutil.rmtree(simulated_folder(run_id), ignore_errors=True)
-    os._exit(1)
+    os._exit(1)  # it is in one long operation, within which no handler runs
 
 
 if __name__ == "__main__":
