@@ -19,17 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from fedpact.edge.submission import SWITCHES
 from scripts.certificates import write_certificates, write_node_key
 from scripts.processes import Guard, LoopbackError, Part, User, import_path, shared_python, write_commands
 
 LINK = "loopback"
 """The SuperLink's name in Flower's configuration, which lies in `Federation.env["FLWR_HOME"]`."""
-SWITCHES = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 _FIRST_UID = 61_000
 """Two numbers from here on for each member; below those that systemd hands out."""
 

@@ -118,7 +118,9 @@ def serverapp_kill(stage: Stage) -> str:
         second = run.command("resume", str(run.out)).start()
         code = run.end(second)
         refused = _said(second, "fedpact: ")
-        require(code and "lock" in refused or "another" in refused, f"a second submission ended with {code}: {refused}")
+        require(
+            (code and "lock" in refused) or "another" in refused, f"a second submission ended with {code}: {refused}"
+        )
         require(run.part.running, "the first run did not survive a second submission")
         killed = _kill_serverapp(stage)
         hold.release()

@@ -88,14 +88,14 @@ class Attacked:
     federation: Federation
     victim: Member
     report: dict[str, dict[str, str]]
-    private: list[Path]
-    before: set[str]
-    """Files of the member."""
+    new: set[str]
+    """What the member's folders hold since the attack, relative to the one above them."""
+    secret: bytes
+    """The member's own, as its service left it."""
     restarted: str
     """What a front end got from the service that was started again."""
-    pid: int
-    """The first service's; it lived to the end of the attack."""
     alive: bool
+    """Whether the service lived to the end of the attack."""
     drop: Path
     own: dict[str, dict[str, str]]
     """The same attempts to read and to change, under the service's own user."""
@@ -220,12 +220,12 @@ def attack(federation: Federation, top: Path, folder: Path) -> Attacked:
         (folder / f"{name}.bin").write_bytes(data)
     app = top / "app"
     shutil.copytree(APP, app, ignore=shutil.ignore_patterns("__pycache__"))
-    before = {str(path) for path in site.rglob("*")} | {str(path) for path in victim.socket.parent.iterdir()}
+    before = set(site.parent.rglob("*"))
     federation.wait_online("victim")
     federation.flwr("run", str(app), LINK)
     victim.supernode.wait((folder / "report.json").exists, "reporting", 120)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    pid, alive = victim.site.process.pid if victim.site.process else 0, victim.site.running
+    alive = victim.site.running
 
     victim.site.stop()
     victim.serve(FEDPACT_JUDGE_KEY=secret)
@@ -238,8 +238,10 @@ def attack(federation: Federation, top: Path, folder: Path) -> Attacked:
     (top / "envelope").write_bytes(encode(replace(decode(Envelope, evaluate), nonce="0" * 32)))
     (top / "envelope").chmod(0o644)
     _, restarted = federation.run(["asks", str(victim.socket), str(top / "envelope")], victim.supernode.user)
+    new = {str(path.relative_to(site.parent)) for path in set(site.parent.rglob("*")) - before}
+    kept = (site / "home" / "secret").read_bytes()
     own = controlled(federation, victim.site.user, targets, app)
-    return Attacked(federation, victim, report, [*private, *later], before, restarted, pid, alive, drop, own)
+    return Attacked(federation, victim, report, new, kept, restarted, alive, drop, own)
 
 
 def controlled(federation: Federation, user: User, targets: dict[str, Any], app: Path) -> dict[str, dict[str, str]]:
@@ -293,9 +295,9 @@ def test_every_secret_is_read_by_the_same_attempts_under_the_services_own_user(a
 
 
 def test_no_canary_is_in_anything_that_left_the_member(attacked: Attacked) -> None:
-    site, top = attacked.victim.site.user.home, attacked.federation.folder
+    top = attacked.federation.folder
     secret = bytes.fromhex(sha256(b"secret").hexdigest())
-    assert (site / "home" / "secret").read_bytes() == secret, "the one that was there is the one in use"
+    assert attacked.secret == secret, "the one that was there is the one in use"
     kinds = ("client", "prompts", "heldout", "rewards", "memory", "environment")
     texts = [canary(name, kind).encode() for name in ("victim", "other") for kind in kinds]
     secrets = [secret, secret.hex().encode(), *texts, *(one.hex().encode() for one in texts)]
@@ -360,13 +362,10 @@ def test_silent_connections_hold_up_a_request_only_while_they_are_open(attacked:
 
 
 def test_a_path_as_the_name_of_a_run_makes_no_file(attacked: Attacked) -> None:
-    site, place = attacked.victim.site.user.home, attacked.victim.socket.parent
-    now = {str(path) for path in site.rglob("*")} | {str(path) for path in place.iterdir()}
-    new = {str(Path(path).relative_to(site)) for path in now - attacked.before if "__pycache__" not in path}
-    expected = {f"home/memory/{name}" for name in ("hello", "reply", "0001-00.safetensors")}
-    assert new <= expected | {"home/errors.log", "home/offered.json", "home/log.jsonl", "own"}
-    assert not list(attacked.federation.folder.rglob("*planted\nfile*"))
-    assert not Path("/planted").exists() and not (site.parent / "planted").exists()
+    memory = {f"site/home/memory/{name}" for name in ("hello", "reply", "0001-00.safetensors")}
+    made = {name for name in attacked.new if not name.startswith("node/") and "__pycache__" not in name}
+    assert made == memory | {"site/home/log.jsonl", "site/home/offered.json"}
+    assert not Path("/planted").exists()
 
 
 def test_planted_start_up_code_runs_as_the_front_ends_user_and_never_as_the_services(attacked: Attacked) -> None:

@@ -19,14 +19,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fedpact.edge.submission import SWITCHES
 from fedpact.errors import ConfigError, RefusedError
 
-for _switch, _value in {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}.items():
+for _switch, _value in SWITCHES.items():
     os.environ.setdefault(_switch, _value)
 
 OLDEST, BELOW = (1, 41), (1, 43)

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from fedpact.edge import flower_private
 from fedpact.edge.grid import GridTransport
 from fedpact.edge.simulated import simulated_transport
 from fedpact.edge.submission import exit_line, round_line, run_name
-from fedpact.errors import ConfigError
+from fedpact.errors import ConfigError, TooFewRepliesError
 from fedpact.runtime import launch
 from fedpact.runtime.config import RunConfig, load_run
 from fedpact.runtime.files import make_private, storing
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 _MEMBERS_S = 600.0
 """How long a run waits for its first `min_replies` members."""
+_COMRADES_S = 90.0
+"""How long a run that goes on waits for as many members as it had."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,6 +124,9 @@ def _run(grid: Grid, run_id: int, run: Wanted, folder: Path) -> None:
                 return stack.enter_context(members)
             transport = GridTransport(grid, lambda: flower_private.nodes(grid))
             transport.wait_for(config.federation.min_replies, _MEMBERS_S)
+            if going:
+                with suppress(TooFewRepliesError):  # those that it had before, if they come in time
+                    transport.wait_for(len(RunFolder(out).read_run()["members"]), _COMRADES_S)
             return transport
 
         observer = Lines(run.config.rounds)

@@ -24,6 +24,14 @@ from fedpact.errors import (
 from fedpact.screen import shown
 from fedpact.secrets import masked
 
+SWITCHES = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Environment of all that is Flower's: it calls nobody and installs nothing. Read when Flower is imported."""
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LINE = re.compile(r"fedpact exit (\d{1,3}): (.+)", re.DOTALL)
 _CLASSES = (ConfigError, RefusedError, StoreError, TooFewRepliesError, CheckFailedError)

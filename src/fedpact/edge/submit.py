@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpact import __version__, screen
-from fedpact.edge.submission import error_in, round_line, run_name
+from fedpact.edge.submission import SWITCHES, error_in, round_line, run_name
 from fedpact.errors import CheckFailedError, ConfigError, FedPactError, StoreError
 from fedpact.runtime import launch
 from fedpact.runtime.config import RunConfig
@@ -29,12 +29,6 @@ from fedpact.screen import shown
 
 Say = Callable[[str], object]
 
-_SWITCHES = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 _CALL_S = 120.0
 """How long one call of `flwr` may take."""
 _POLL_S = 3.0
@@ -225,7 +219,7 @@ def _judged(status: str, details: str, run_id: str, watched: _Watched, say: Say)
 def _called(command: Sequence[str]) -> dict[str, Any]:
     """The JSON that `flwr` answers with. Raises _UnreachableError if it is none, or says that it failed."""
     beside = str(Path(sys.executable).parent)  # Flower starts its other programs by name
-    environment = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"} | _SWITCHES
+    environment = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"} | SWITCHES
     environment["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
     try:
         done = subprocess.run(

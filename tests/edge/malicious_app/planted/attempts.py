@@ -39,18 +39,18 @@ def reading(targets: dict[str, Any]) -> dict[str, str]:
         found[f"read {name}"] = tried(Path(name).read_bytes)
         found[f"link {name}"] = tried(lambda name=name: _linked(Path(name)))
     for name in targets["folders"]:
-        found[f"list {name}"] = tried(lambda name=name: os.listdir(name))
+        found[f"list {name}"] = tried(lambda name=name: _names(name))
         found[f"enter {name}"] = tried(lambda name=name: _entered(name))
     for number, pid in enumerate(services(targets)):
         at = f"service {number}"
         for entry in ("environ", "maps", "smaps", "auxv", "io", "pagemap", f"task/{pid}/environ"):
             found[f"{at} {entry}"] = tried(lambda file=f"/proc/{pid}/{entry}": _start_of(file))
         for entry in ("fd", "map_files"):
-            found[f"{at} {entry}"] = tried(lambda folder=f"/proc/{pid}/{entry}": os.listdir(folder))
+            found[f"{at} {entry}"] = tried(lambda folder=f"/proc/{pid}/{entry}": _names(folder))
         for entry in ("cwd", "root", "exe"):
-            found[f"{at} {entry}"] = tried(lambda link=f"/proc/{pid}/{entry}": os.readlink(link))
+            found[f"{at} {entry}"] = tried(lambda link=f"/proc/{pid}/{entry}": Path(link).readlink())
         found[f"{at} through root"] = tried(lambda pid=pid: Path(f"/proc/{pid}/root{targets['files'][0]}").read_bytes())
-        found[f"{at} through cwd"] = tried(lambda pid=pid: os.listdir(f"/proc/{pid}/cwd/"))
+        found[f"{at} through cwd"] = tried(lambda pid=pid: _names(f"/proc/{pid}/cwd/"))
         found[f"{at} mem"] = tried(lambda pid=pid: _searched(pid, targets["pattern"]))
         found[f"{at} ptrace"] = tried(lambda pid=pid: _called(_libc.ptrace, _PTRACE_SEIZE, pid, None, None))
         found[f"{at} process_vm_readv"] = tried(lambda pid=pid: _peeked(pid))
@@ -129,16 +129,20 @@ def _lines_of(entry: Path) -> Iterator[list[str]]:
         return
 
 
+def _names(folder: str) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
 def _start_of(file: str) -> bytes:
-    with open(file, "rb", buffering=0) as opened:
+    with Path(file).open("rb", buffering=0) as opened:
         return opened.read(100_000)
 
 
 def _searched(pid: int, pattern: str) -> str:
     """What of a process's writable memory looks like `pattern`."""
     found: set[str] = set()
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory, open(f"/proc/{pid}/maps", encoding="ascii") as maps:
-        for line in maps:
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
             begin, end = (int(number, 16) for number in line.split()[0].split("-"))
             if "rw" in line.split()[1] and end - begin <= _LARGEST:
                 try:
@@ -186,7 +190,7 @@ def _bound(path: Path) -> str:
 
 
 def _appended(name: str) -> str:
-    with open(name, "ab") as file:
+    with Path(name).open("ab") as file:
         file.write(b"\n")
     return "a line in it"
 

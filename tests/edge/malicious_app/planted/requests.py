@@ -39,9 +39,9 @@ def asking(path: str, envelopes: Mapping[str, bytes]) -> dict[str, str]:
 def said(path: str, data: bytes, *, hang_up: bool = False) -> str:
     """The service's answer to these bytes."""
     with socket.socket(socket.AF_UNIX) as peer:
-        peer.settimeout(_PATIENCE_S)
         try:
-            peer.connect(path)
+            peer.connect(path)  # as a front end does, which waits while there is no room
+            peer.settimeout(_PATIENCE_S)
             with suppress(BrokenPipeError, ConnectionResetError):
                 peer.sendall(data)
             if hang_up:
