@@ -18,20 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import fedpact_app
+from benchmarks.timing import surroundings
 from fedpact.runtime.transport import Failure, Transport
 from fedpact.types import ClientId
 from scripts.loopback import LINK, Federation
 from scripts.processes import LoopbackError
-
-if TYPE_CHECKING:
-    from flwr.serverapp import Grid
 
 KINDS = {
     "direct": "direct link, site service",
@@ -41,7 +38,6 @@ KINDS = {
 """The last one has no site service: its ClientApp answers by itself, as such a ClientApp would."""
 Times = Mapping[tuple[str, float], Sequence[float]]
 """Seconds of each exchange by kind and megabytes, in rounds."""
-MEGABYTE = 10**6
 _TIMEOUT_S, _QUIET_S = 300.0, 30.0
 """Of one exchange; and without news until Flower is asked whether the run has ended, which costs a second of a core."""
 _CHOICE = "FEDPACT_BENCHMARK"
@@ -72,11 +68,6 @@ app.main()(lambda grid, context: measure(grid))
     "measured/client.py": f"""\
 import os
 
-if "{_CHOICE}" in os.environ:
-    import peft
-    import torch
-    import transformers
-
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
@@ -89,6 +80,8 @@ def answer(message, context):
 
 
 if "{_CHOICE}" in os.environ:
+    import peft, torch, transformers
+
     app = ClientApp()
     app.query("fedpact")(answer)
 """,
@@ -124,8 +117,8 @@ def exchange_s(transport: Transport, clients: Sequence[ClientId], num_bytes: int
     return took
 
 
-def measure(grid: Grid) -> None:
-    """The ServerApp: all turns of FEDPACT_FOLDER/plan.json; a line in times.jsonl for each, as soon as it is over."""
+def measure(grid: Any) -> None:
+    """The ServerApp, with Flower's Grid: all turns of FEDPACT_FOLDER/plan.json; a line in times.jsonl for each."""
     from fedpact.edge.flower_private import nodes
     from fedpact.edge.grid import GridTransport
 
@@ -133,15 +126,13 @@ def measure(grid: Grid) -> None:
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     transport = GridTransport(grid, lambda: nodes(grid))
     transport.wait_for(len(KINDS) * plan["members"], timeout_s=60.0)
-    with (folder / "times.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / "times.jsonl").open("a", buffering=1, encoding="utf-8") as file:
         for kind, size in turns(plan["rounds"], plan["sizes"]):
-            took = exchange_s(transport, names(kind, plan["members"]), int(size * MEGABYTE))
+            took = exchange_s(transport, names(kind, plan["members"]), round(size * 1e6))
             file.write(json.dumps([kind, size, took]) + "\n")
-            file.flush()
 
 
 def names(kind: str, members: int) -> list[ClientId]:
-    """The members of one kind."""
     return [f"{kind}-{number}" for number in range(members)]
 
 
@@ -152,12 +143,11 @@ class Echo:
         return os.urandom(len(data))
 
 
-def stand_in(client: str) -> None:
-    """Serves an `Echo` where the [service] table of a client file says."""
+def stand_in(socket: str, peer: str) -> None:
+    """Serves an `Echo` to one user, by number."""
     from fedpact.edge.service import serve
 
-    service = tomllib.loads(Path(client).read_text(encoding="utf-8"))["service"]
-    serve({Path(service["socket"]): Echo()}, peers=frozenset(map(int, service["peers"])) or frozenset({os.getuid()}))
+    serve({Path(socket): Echo()}, peers=frozenset({int(peer)}))
 
 
 def seconds(times: Times, kind: str, size: float) -> Spread:
@@ -203,42 +193,37 @@ def _write_app(folder: Path) -> None:
 
 def _start(federation: Federation, kind: str, name: str) -> None:
     """Starts a member of this kind: its front end, and its stand-in's service."""
-
-    def write(folder: Path, service: str) -> Path:
-        path = folder / "client.toml"
-        path.write_text(service, encoding="utf-8")
-        return path
-
-    member = federation.join(name, write)
-    if kind != "torch":
-        answers = federation.part(f"{name}-echo", ["fedpact-echo", str(member.client)], member.site.user)
-        answers.start().wait(member.listens, "listening", 120)
+    member = federation.join(name, lambda folder, _: folder)  # a stand-in needs no client file
     front = member.link if kind == "direct" else member.supernode
+    if kind != "torch":
+        peer = os.getuid() if front.user.uid is None else front.user.uid
+        command = ["fedpact-echo", str(member.socket), str(peer)]
+        federation.part(f"{name}-echo", command, member.site.user).start().wait(member.listens, "listening", 120)
     front.start(**({_CHOICE: "1"} if kind == "torch" else {}))
 
 
 def _write_stand_in(path: Path) -> None:
     """A command for `stand_in`, by the Python of the command fedpact beside it."""
     interpreter = path.with_name("fedpact").read_text(encoding="utf-8").splitlines(keepends=True)[:3]
-    program = "import sys\nfrom benchmarks.transport import stand_in\nstand_in(sys.argv[1])\n"
-    path.write_text("".join(interpreter) + program, encoding="utf-8")
+    program = ["import sys\n", "from benchmarks.transport import stand_in\n", "stand_in(*sys.argv[1:])\n"]
+    path.write_text("".join(interpreter + program), encoding="utf-8")
     path.chmod(0o755)
 
 
 def _told(federation: Federation, run_id: str, count: int) -> Iterator[tuple[str, float, float]]:
     """(kind, megabytes, seconds) as they are measured. Raises LoopbackError if the run ends before `count`."""
-    path, seen, heard = federation.project / "times.jsonl", 0, time.monotonic()
-    path.touch()
+    path, seen, heard, ended = federation.project / "times.jsonl", 0, time.monotonic(), ""
     while seen < count:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[seen:]:
             if line.endswith("\n"):
                 seen, heard = seen + 1, time.monotonic()
                 yield tuple(json.loads(line))
+        if ended and seen < count:
+            raise LoopbackError(f"{ended} after {seen} of {count} exchanges")
         if time.monotonic() - heard > _QUIET_S:
-            row = federation.flwr("ls", LINK, "--run-id", run_id)["runs"][0]
-            if row["status"].startswith("finished"):
-                raise LoopbackError(f"{row['status']} after {seen} of {count} exchanges: {row.get('status-details')}")
-            heard = time.monotonic()
+            row, heard = federation.flwr("ls", LINK, "--run-id", run_id)["runs"][0], time.monotonic()
+            if row["status"].startswith("finished"):  # what it wrote before is read once more
+                ended = f"{row['status']} ({row.get('status-details')})"
         time.sleep(0.5)
 
 
@@ -246,6 +231,7 @@ def run(folder: Path, rounds: int, sizes: Sequence[float], members: int) -> Time
     """Brings a federation up in `folder`, measures, printing each exchange, and takes it down."""
     project, plan = folder / "server" / "project", {"rounds": rounds, "sizes": list(sizes), "members": members}
     project.mkdir(parents=True)
+    (project / "times.jsonl").touch()
     (project / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     _write_app(folder / "app")
     times: dict[tuple[str, float], list[float]] = {}
@@ -264,23 +250,24 @@ def run(folder: Path, rounds: int, sizes: Sequence[float], members: int) -> Time
     return times
 
 
+def _sizes(text: str) -> list[float]:
+    return [float(size) for size in text.split(",")]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transport", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=6, help="that count; one more comes before them (default: 6)")
-    parser.add_argument("--sizes", default="5,50", help="in MB of 10**6 bytes, each way (default: 5,50)")
+    parser.add_argument("--sizes", type=_sizes, default="5,50", help="MB of 10**6 bytes each way (default: 5,50)")
     parser.add_argument("--members", type=int, default=2, help="of each kind (default: 2)")
     options = parser.parse_args(arguments)
-    sizes = [float(size) for size in options.sizes.split(",")]
-    if options.rounds < 1 or options.members < 1 or min(sizes) <= 0:
+    if min(options.rounds, options.members, *options.sizes) <= 0:
         parser.error("--rounds, --members and --sizes must be positive")
-    from benchmarks.timing import surroundings
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that every process is ended
     facts = surroundings("cpu") | {"cores": str(os.cpu_count()), "flwr": version("flwr")}
     print(*(f"{name:13} {value}" for name, value in facts.items() if name not in ("trl", "torchjd")), sep="\n")
     try:
         with tempfile.TemporaryDirectory(prefix="fedpact-") as folder:
-            times = run(Path(folder), options.rounds, sizes, options.members)
+            times = run(Path(folder), options.rounds, options.sizes, options.members)
     except (LoopbackError, subprocess.TimeoutExpired) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

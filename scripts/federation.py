@@ -88,7 +88,7 @@ def follow(part: Part) -> None:
         raise part.failure("failed")
 
 
-def join(federation: Federation, name: str, demo: Path, contract: Path) -> Member:
+def join(federation: Federation, name: str, demo: Path, contract: Path | None) -> Member:
     """A member with the simulation's client file and prompts, its own copy of the model, and this contract accepted."""
 
     def write(folder: Path, service: str) -> Path:
@@ -97,15 +97,17 @@ def join(federation: Federation, name: str, demo: Path, contract: Path) -> Membe
         for prompts in (demo / "prompts").glob(f"{name}[.-]*"):
             shutil.copy(prompts, folder / "prompts")
         shutil.copytree(model_folder(), folder / "model")
-        shutil.copy(contract, folder / "contract.json")
+        if contract is not None:
+            shutil.copy(contract, folder / "contract.json")
         client = folder / "clients" / f"{name}.toml"
         text = (demo / "clients" / client.name).read_text(encoding="utf-8")
         client.write_text(text + _SITE + service, encoding="utf-8")
         return client
 
     member = federation.join(name, write)
-    accepted = str(member.site.user.home / "contract.json")
-    run_here(federation, "site", "accept", str(member.client), accepted, "--yes", user=member.site.user)
+    if contract is not None:
+        accepted = str(member.site.user.home / "contract.json")
+        run_here(federation, "site", "accept", str(member.client), accepted, "--yes", user=member.site.user)
     return member
 
 

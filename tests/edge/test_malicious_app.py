@@ -70,7 +70,7 @@ SECRET = "{canary}"
 
 def fine(completions, note, **_):
     assert note[0] and SECRET
-    return [float(len(text) % 2) for text in completions]
+    return [len(text) / 13 for text in completions]
 """
 DENIED = {"EACCES", "EPERM"}
 PATTERN = "canary-[0-9a-f]{16}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from fedpact import __version__
+from fedpact.cli.ending import Stopped, fail
 from fedpact.cli.example import RUN_FILE, example_files
 from fedpact.cli.progress import Progress, traffic
 from fedpact.cli.records import head, summary
@@ -96,7 +98,8 @@ def run(
     config = load_run(path, overrides)
     out = out or path.parent / "runs" / path.stem
     if transport == "flower":
-        submit(config, path, out, superlink=superlink, say=say)
+        with _followed():
+            submit(config, path, out, superlink=superlink, say=say)
         return
     progress = Progress(config.rounds)
     launch.start(config, path.parent, out, where=str(path), make=local_transport, observer=progress)
@@ -108,7 +111,8 @@ def resume(out: Path, superlink: str | None = None) -> None:
     record = RunFolder(out).read_run()
     config, _ = launch.recorded(record, out)
     if record.get("transport") == "flower":
-        resubmit(out, superlink)
+        with _followed():
+            resubmit(out, superlink)
         return
     now = launch.versions()
     changed = [f"{name} {old} -> {now.get(name)}" for name, old in record["versions"].items() if now.get(name) != old]
@@ -212,6 +216,16 @@ def doctor(*, attacks: bool = False) -> None:
         if not any(report.passed for report in reports):
             raise CheckFailedError("no sandbox on this machine holds; code rewards will refuse to start")
     print("ok")
+
+
+@contextmanager
+def _followed() -> Iterator[None]:
+    """While a run that goes on elsewhere is followed: to stop this is not to stop it."""
+    try:
+        yield
+    except Stopped as stopped:
+        text = "no longer following; the run itself goes on: `flwr ls` shows it, `flwr stop` ends it"
+        fail(text, 128 + int(stopped.args[0]))
 
 
 def _finish(out: Path) -> None:

@@ -54,7 +54,8 @@ def serve(client: Path) -> None:
     member = load_site(client)
 
     def ready() -> None:
-        under = "no contract accepted yet" if member.accepted is None else f"under contract {member.accepted[:16]}"
+        accepted = config.site.accept or acceptance.accepted(member.home)
+        under = "no contract accepted yet" if accepted is None else f"contract {accepted[:16]} accepted"
         say(f"{config.name}: serving on {path}, {under}")
 
     try:

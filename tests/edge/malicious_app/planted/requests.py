@@ -13,7 +13,7 @@ from contextlib import suppress
 
 _HEAD = struct.Struct(">4sBQ")
 _REQUEST, _ANSWER = 1, 2
-_PATIENCE_S = 40.0
+_PATIENCE_S = 30.0
 _NUM_SILENT = 20
 
 
@@ -40,8 +40,7 @@ def said(path: str, data: bytes, *, hang_up: bool = False) -> str:
     """The service's answer to these bytes."""
     with socket.socket(socket.AF_UNIX) as peer:
         try:
-            peer.connect(path)  # as a front end does, which waits while there is no room
-            peer.settimeout(_PATIENCE_S)
+            _connect(peer, path)
             with suppress(BrokenPipeError, ConnectionResetError):
                 peer.sendall(data)
             if hang_up:
@@ -51,6 +50,17 @@ def said(path: str, data: bytes, *, hang_up: bool = False) -> str:
         except (OSError, struct.error) as error:
             return type(error).__name__
     return f"answer {body.hex()}" if kind == _ANSWER else body.decode("latin-1")
+
+
+def _connect(peer: socket.socket, path: str) -> None:
+    """Waits while there is no room, as a front end does. Raises OSError."""
+    peer.settimeout(_PATIENCE_S)
+    end = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < end:
+        with suppress(BlockingIOError):
+            return peer.connect(path)
+        time.sleep(0.05)
+    raise TimeoutError
 
 
 def _request(envelope: bytes) -> bytes:
