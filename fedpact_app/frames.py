@@ -14,9 +14,10 @@ from pathlib import Path
 
 HEAD = struct.Struct(">4sBQ")
 MAGIC = b"FPS1"
-MAX_BYTES = 2**31
+MAX_BYTES = 2**30
 """Of a frame; a longer one is refused before it is read."""
 _PIECE = 2**20
+_MOST_LOST = 8
 
 
 class Kind(IntEnum):
@@ -75,23 +76,28 @@ def send(peer: socket.socket, kind: Kind, data: bytes) -> None:
     peer.sendall(data)
 
 
-def receive(peer: socket.socket, *, max_bytes: int = MAX_BYTES) -> tuple[Kind, bytes]:
-    """One frame. Raises BrokenFrameError, or OSError; memory grows with what arrives, not with what is announced."""
-    magic, kind, size = HEAD.unpack(_exactly(peer, HEAD.size))
+def receive(peer: socket.socket, *, max_bytes: int = MAX_BYTES, within_s: float | None = None) -> tuple[Kind, bytes]:
+    """One frame. Raises BrokenFrameError, or OSError; memory grows with what arrives, not with what is announced.
+
+    `within_s` is for the whole of it, however it trickles in.
+    """
+    end = None if within_s is None else time.monotonic() + within_s
+    magic, kind, size = HEAD.unpack(_exactly(peer, HEAD.size, end))
     if magic != MAGIC or kind not in set(Kind):
         raise BrokenFrameError("found no frame; expected a FedPact front end and its site service")
     if size > max_bytes:
         raise BrokenFrameError(f"found a frame of {size} bytes, expected at most {max_bytes}")
-    return Kind(kind), _exactly(peer, size)
+    return Kind(kind), _exactly(peer, size, end)
 
 
 def ask(path: str | Path, envelope: bytes, *, patience_s: float = 60.0) -> bytes | Code:
     """The site service's answer to an envelope, or why there is none.
 
     A service that is gone, or goes while it works, is asked again until `patience_s` are over since it was last seen:
-    it answers what it has answered before from its store. How long it works is its own affair.
+    it answers what it has answered before from its store. How long it works is its own affair. A request under which
+    it goes `_MOST_LOST` times is given up: it may be what makes it fall.
     """
-    seen = time.monotonic()
+    seen, num_lost = time.monotonic(), 0
     while True:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
@@ -103,6 +109,11 @@ def ask(path: str | Path, envelope: bytes, *, patience_s: float = 60.0) -> bytes
                 return data if kind == Kind.ANSWER else _code(data)
         except PermissionError:
             return Code.NOT_ALLOWED
+        except BrokenFrameError:
+            num_lost += 1
+            if num_lost == _MOST_LOST:
+                return Code.UNAVAILABLE
+            time.sleep(0.2)
         except OSError:
             if time.monotonic() - seen > patience_s:
                 return Code.UNAVAILABLE
@@ -116,9 +127,11 @@ def _code(data: bytes) -> Code:
         return Code.FAILED
 
 
-def _exactly(peer: socket.socket, size: int) -> bytes:
+def _exactly(peer: socket.socket, size: int, end: float | None) -> bytes:
     data = bytearray()
     while len(data) < size:
+        if end is not None and time.monotonic() > end:
+            raise BrokenFrameError(f"{len(data)} of {size} bytes came in the time for all")
         piece = peer.recv(min(size - len(data), _PIECE))
         if not piece:
             kind = BrokenFrameError if data or size != HEAD.size else SilentError

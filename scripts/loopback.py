@@ -25,8 +25,9 @@ from scripts.processes import Guard, LoopbackError, Part, User, import_path, sha
 
 LINK = "loopback"
 """The SuperLink's name in Flower's configuration, which lies in `Federation.env["FLWR_HOME"]`."""
-_FIRST_UID = 61_000
-"""Two numbers from here on for each member; below those that systemd hands out."""
+_FIRST_UID = 61_000 + 64 * (os.getpid() % 60)
+"""Two numbers from here on for each member; below those that systemd hands out. Two federations at
+once have others, but for one case in 60."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from scripts.federation import NAMES, difference, join, run_here, tell, write_run
 from scripts.loopback import LINK, Federation, Member
@@ -26,8 +28,7 @@ from scripts.processes import LoopbackError, Part
 ROUNDS = 4
 HELD_ROUND = 2
 """In which members are held: they remember something from the round before, and two rounds build on it."""
-_ADAPTER = "final/adapter_model.safetensors"
-_GATE = '''"""The demo's reward for answers, behind a gate: while the file `hold` is there, it waits. It counts its calls."""
+_GATE = '''"""The demo's reward for answers, which waits while the file `hold` is there, and counts its calls."""
 
 import time
 from pathlib import Path
@@ -59,27 +60,27 @@ def calls(member: Member) -> int:
     return counted.stat().st_size if counted.exists() else 0
 
 
+def same_bytes(out: Path, reference: Path) -> str:
+    """Raises LoopbackError unless two runs have ended with the same adapter, byte for byte."""
+    ours, theirs = (run / "final" / "adapter_model.safetensors" for run in (out, reference))
+    by = f"by up to {difference(ours, theirs):.3g}"
+    require(ours.read_bytes() == theirs.read_bytes(), f"{out.name}: the final adapters differ {by}")
+    return "bytes equal"
+
+
 class Hold:
-    """A member that trains, and has come no further than its first reward."""
+    """Keeps a member that trains at its first reward, until it is released."""
 
     def __init__(self, member: Member) -> None:
-        self.member = member
         self._hold, self._held = (member.client.with_name(name) for name in ("hold", "held"))
-
-    def __enter__(self) -> Hold:
         self._held.unlink(missing_ok=True)
         self._hold.touch()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hold.unlink(missing_ok=True)
 
     def reached(self) -> bool:
-        """Whether it waits."""
+        """Whether the member waits."""
         return self._held.exists()
 
     def release(self) -> None:
-        """It goes on."""
         self._hold.unlink(missing_ok=True)
 
 
@@ -108,13 +109,17 @@ class Outing:
         """Until this round is committed."""
         self.part.wait(lambda: self.committed(number), f"in round {number + 1}", timeout_s, poll_s=0.02)
 
-    def hold(self, member: Member, number: int = HELD_ROUND) -> Hold:
-        """The member as it trains in this round."""
-        self.wait_round(number - 1)
-        hold = Hold(member).__enter__()
-        self.part.wait(hold.reached, f"held at {member.name}", 120, poll_s=0.02)
-        require(not self.committed(number), f"{self.name}: {member.name} was held too late for round {number}")
-        return hold
+    @contextmanager
+    def hold(self, member: Member) -> Iterator[Hold]:
+        """Within, the member trains in round HELD_ROUND, unless it is released."""
+        self.wait_round(HELD_ROUND - 1)
+        hold = Hold(member)
+        try:
+            self.part.wait(hold.reached, f"held at {member.name}", 120, poll_s=0.02)
+            require(not self.committed(HELD_ROUND), f"{self.name}: {member.name} was held too late")
+            yield hold
+        finally:
+            hold.release()
 
     def end(self, part: Part | None = None, timeout_s: float = 400.0) -> int:
         """The exit status of `fedpact run`, or of another command about this run."""
@@ -137,24 +142,23 @@ class Outing:
         return calls(member) - self._before[member.name]
 
     def missing(self) -> dict[int, dict[str, str]]:
-        """Who did not answer, by round, and why."""
+        """Who did not answer, by round, and why at first."""
         found: dict[int, dict[str, str]] = {}
         for number in range(ROUNDS + 1):
             for exchange in self.state(number)["exchanges"]:
-                found.setdefault(number, {}).update(exchange["failures"])
+                found[number] = {**exchange["failures"], **found.get(number, {})}
         return {number: failures for number, failures in found.items() if failures}
 
-    def state(self, number: int) -> Mapping[str, list[dict[str, dict[str, str]]]]:
+    def state(self, number: int) -> dict[str, Any]:
         """A committed round's state.json."""
-        text = (self.out / "rounds" / f"{number:04d}" / "state.json").read_text(encoding="utf-8")
-        found: Mapping[str, list[dict[str, dict[str, str]]]] = json.loads(text)
-        return found
+        path = self.out / "rounds" / f"{number:04d}" / "state.json"
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
     def gaps_s(self) -> list[float]:
         """How long each round took after the one before, from the second on."""
         marks = [self.out / "rounds" / f"{n:04d}" / "MANIFEST" for n in range(ROUNDS + 1)]
         times = [mark.stat().st_mtime for mark in marks]
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in pairwise(times)]
 
 
 class Stage:
@@ -180,7 +184,7 @@ class Stage:
         self.reference = Outing(self.federation, "undisturbed")
         self.reference_s = self.reference.finish()
         self.reference_calls = {one.name: self.reference.calls(one) for one in self.members()}
-        tell(f"undisturbed: {ROUNDS} rounds in {self.reference_s:.1f} s; rounds took {self.seconds(self.reference)}")
+        tell(f"undisturbed: {self.reference_s:.1f} s, rounds took {self.seconds(self.reference)}")
 
     def members(self) -> list[Member]:
         return [self.federation.members[name] for name in NAMES]
@@ -209,15 +213,10 @@ class Stage:
                     raise part.failure(f"not online ({name}; online: {', '.join(sorted(online)) or 'none'})")
             time.sleep(0.3)
 
-    def equal(self, run: Outing) -> str:
-        """Raises LoopbackError unless a run's adapter is the undisturbed one's, byte for byte."""
-        ours, reference = (one.out / _ADAPTER for one in (run, self.reference))
-        by = f"by up to {difference(ours, reference):.3g}"
-        require(ours.read_bytes() == reference.read_bytes(), f"{run.name}: the final adapters differ {by}")
-        return "bytes equal"
-
-    def took(self, seconds: float) -> str:
-        return f"{seconds:.1f} s, undisturbed {self.reference_s:.1f} s"
+    def took(self, run: Outing, seconds: float) -> str:
+        """How long a run and the round of its outage took, beside the undisturbed ones."""
+        ours, theirs = (one.gaps_s()[HELD_ROUND - 1] for one in (run, self.reference))
+        return f"that round {ours:.1f} s (undisturbed {theirs:.1f}), the run {seconds:.1f} s ({self.reference_s:.1f})"
 
     def seconds(self, run: Outing) -> str:
         return ", ".join(f"{seconds:.1f}" for seconds in run.gaps_s()) + " s"
@@ -272,9 +271,6 @@ def _holds(stage: Stage, name: str, case: Callable[[Stage], str]) -> bool:
         tell(f"{name}: {case(stage)}")
     except (LoopbackError, subprocess.TimeoutExpired, OSError) as error:
         tell(f"{name}: DOES NOT HOLD: {error}")
-        with suppress(LoopbackError):
-            for member in stage.members():
-                Hold(member).release()
         return False
     return True
 

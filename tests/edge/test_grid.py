@@ -295,7 +295,8 @@ def test_the_superlink_is_polled_five_times_a_second_and_asked_for_its_nodes_onc
 
 @pytest.mark.parametrize("code", list(Code))
 def test_a_members_code_becomes_its_meaning(code: Code) -> None:
-    assert asked(SuperLink(north(reply=lambda _: code))) == {"north": Failure(MEANING[code])}
+    refused = code in (Code.REFUSED, Code.CONTRACT)
+    assert asked(SuperLink(north(reply=lambda _: code))) == {"north": Failure(MEANING[code], refused)}
 
 
 def test_a_reply_of_another_shape_is_malformed() -> None:
@@ -550,3 +551,22 @@ def test_members_that_come_back_in_time_all_answer(made: list[Site]) -> None:
     assert all(isinstance(answer, bytes) for answer in outcomes(link, 2000, 1))
     assert link.now <= max(site.lives[-1][0] for site in made) + 30
     assert all(link.times_asked(site.name) <= len(site.lives) for site in made)
+
+
+class Poisoned(SuperLink):
+    """Flower's grid where one member's replies cannot be put together; what came in the same pull is lost with it."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        evil = {key for key, (_, message) in self.messages.items() if message.metadata.dst_node_id == 3}
+        replies = list(super().pull_messages(message_ids))
+        if any(reply.metadata.reply_to_message_id in evil for reply in replies):
+            self.answers.clear()
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        return replies
+
+
+def test_a_reply_that_flower_cannot_put_together_costs_its_sender_alone() -> None:
+    link = Poisoned(Site("a", 1), Site("b", 2, work_s=9.0), Site("evil", 3))
+    found = dict(link.transport().exchange(dict.fromkeys(("a", "b", "evil"), b"x"), timeout_s=600))
+    assert found == {"a": b"answer to x", "b": b"answer to x", "evil": Failure("sent what Flower cannot read")}
+    assert max(sum(name == one for _, one, _, _ in link.pushed) for name in ("a", "b", "evil")) == 2

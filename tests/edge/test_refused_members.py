@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,8 +53,16 @@ def test_a_site_that_has_not_accepted_the_contract_is_left_out_until_it_has(fede
     assert len(lines(member.site.text(), "no contract is accepted; this run's contract is")) == 1
     assert not (federation.project / "runs" / "run" / "run.json").exists()
 
-    code, words = federation.run(["fedpact", "site", "accept", str(member.client), "--yes"], member.site.user)
-    assert code == 0 and lines(words, "hash of this contract: "), words
+    words = subprocess.run(
+        [federation.folder / "bin" / "fedpact", "site", "accept", str(member.client)],
+        env=federation.env_of(member.site.user),
+        cwd=member.site.user.home,
+        input="y\n",
+        capture_output=True,
+        text=True,
+        **member.site.user.run_as(),
+    )
+    assert words.returncode == 0 and lines(words.stdout, "hash of this contract: "), words
     code, said = federation.run(run)  # no restart in between
     assert code == 0, said
     state = json.loads((federation.project / "runs" / "run" / "rounds" / "0001" / "state.json").read_bytes())

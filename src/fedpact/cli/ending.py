@@ -51,5 +51,7 @@ def stop(number: int, frame: FrameType | None) -> Any:
 
 def _stop_now(number: int, frame: FrameType | None) -> Any:
     """The second time: at once, for what is on the disk is whole. The first may have come where Python drops it."""
-    os.write(2, b"fedpact: interrupted again; ended at once, and `fedpact resume` goes on from there\n")
+    os.write(
+        2, b"fedpact: interrupted again; ended at once, and the same command or `fedpact resume` goes on from there\n"
+    )
     os._exit(128 + number)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import typer
 
 from fedpact.cli.ending import Stopped
 from fedpact.edge.service import serve as serve_members
-from fedpact.edge.site import load_site, site_home, site_peers, site_socket
+from fedpact.edge.site import alone, load_site, site_home, site_peers, site_socket
 from fedpact.errors import ConfigError, RefusedError
 from fedpact.runtime import acceptance
 from fedpact.runtime.client_config import load_client
@@ -24,6 +25,10 @@ def accept(client: Path, contract: Path | None, *, yes: bool) -> None:
     config = load_client(client)
     home = site_home(config, client)
     if contract is None:
+        if yes:
+            raise ConfigError(
+                "--yes: only with the file of a contract that was read before; name it, or leave out --yes"
+            )
         canonical = acceptance.offered_contract(home)
         if canonical is None:
             raise ConfigError(
@@ -35,6 +40,8 @@ def accept(client: Path, contract: Path | None, *, yes: bool) -> None:
             canonical = contract.read_bytes().decode(errors="replace").strip()
     found = contract_hash(canonical)
     agreed = read_contract(canonical)
+    if canonical != json.dumps(json.loads(canonical), separators=(",", ":")):
+        raise ConfigError(f"{contract}: was reformatted, and its hash is now no run's; take the file as it was written")
     if config.site.accept not in (None, found):
         raise RefusedError(f"{client}: site.accept: {config.site.accept} is accepted there; this contract is {found}")
     pinned = config.site.model_copy(update={"accept": found})
@@ -51,14 +58,15 @@ def serve(client: Path) -> None:
     """The site service, until SIGTERM or SIGINT."""
     config = load_client(client)
     path, peers = site_socket(config, client), site_peers(config, str(client))
-    member = load_site(client)
+    home = site_home(config, client)
 
     def ready() -> None:
-        accepted = config.site.accept or acceptance.accepted(member.home)
+        accepted = config.site.accept or acceptance.accepted(home)
         under = "no contract accepted yet" if accepted is None else f"contract {accepted[:16]} accepted"
         say(f"{config.name}: serving on {path}, {under}")
 
     try:
-        serve_members({path: member}, peers=peers, ready=ready)
+        with alone(home):
+            serve_members({path: load_site(client)}, peers=peers, ready=ready)
     except Stopped:
         say(f"{config.name}: stopped; `fedpact site serve {client}` goes on from here")

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import httpx
 from flwr.app import DEFAULT_TTL, Message
 from flwr.serverapp import Grid
 
@@ -103,15 +104,20 @@ class GridTransport:
         self._away: dict[ClientId, float] = {}
         """When we first missed each member that was seen or asked, and is not online."""
         self._said: set[str] = set()
+        self._one_by_one = False
+        """Whether somebody has answered with what Flower cannot put together."""
 
     def clients(self) -> Sequence[ClientId]:
         """Who is online, sorted."""
         return sorted(self._look())
 
-    def wait_for(self, count: int, timeout_s: float | None = None) -> Sequence[ClientId]:
-        """Who is online, sorted, as soon as it is at least `count`. Raises TooFewRepliesError after `timeout_s`."""
+    def wait_for(
+        self, count: int, timeout_s: float | None = None, *, among: Collection[ClientId] | None = None
+    ) -> Sequence[ClientId]:
+        """Who is online, of `among` if given, sorted, once it is at least `count`. Raises TooFewRepliesError after
+        `timeout_s`."""
         end = math.inf if timeout_s is None else self._clock() + timeout_s
-        while len(names := self.clients()) < count:
+        while len(names := [one for one in self.clients() if among is None or one in among]) < count:
             if self._clock() >= end:
                 raise TooFewRepliesError(
                     f"{len(names)} of {count} members connected within {timeout_s:g} s ({', '.join(names) or 'none'}); "
@@ -181,9 +187,8 @@ class GridTransport:
         asked = {message_id: client for client, request in waiting.items() for message_id in request.pushed}
         if not asked:
             return
-        replies = [
-            (reply.metadata.reply_to_message_id, _content(reply)) for reply in self._grid.pull_messages([*asked])
-        ]
+        pulls = [[message_id] for message_id in asked] if self._one_by_one else [[*asked]]
+        replies = [reply for pull in pulls for reply in self._pulled(pull)]
         for message_id, answer in sorted(replies, key=lambda reply: not isinstance(reply[1], bytes)):
             client = asked.pop(message_id, None)
             request = waiting.get(client) if client is not None else None
@@ -195,6 +200,18 @@ class GridTransport:
                 yield client, answer
             else:
                 request.forget(message_id)
+
+    def _pulled(self, ids: list[str]) -> list[tuple[str, bytes | Failure | None]]:
+        """What has arrived of these, by the message it answers. What Flower cannot put together spoils a whole pull."""
+        try:
+            return [(reply.metadata.reply_to_message_id, _content(reply)) for reply in self._grid.pull_messages(ids)]
+        except (httpx.HTTPError, OSError):  # of the SuperLink or of this machine: nobody's reply
+            raise
+        except Exception:
+            if len(ids) == 1:
+                return [(ids[0], Failure("sent what Flower cannot read"))]
+            self._one_by_one = True
+            return [(message_id, None) for message_id in ids]  # lost with it; asked again, they answer from their store
 
     def _look(self, asked: Iterable[ClientId] = ()) -> dict[ClientId, Node]:
         """The members that are online; notes since when the others are not."""
@@ -232,4 +249,6 @@ def _content(reply: Message) -> bytes | Failure | None:
         code = reply.error.code
         return None if code in _LOST else Failure(_ERRORS.get(code, "failed; Flower does not say why"))
     answer = uncarried(reply.content) if reply.has_content() else Code.MALFORMED
-    return Failure(MEANING[answer]) if isinstance(answer, Code) else answer
+    if isinstance(answer, Code):
+        return Failure(MEANING[answer], refused=answer in (Code.REFUSED, Code.CONTRACT))
+    return answer

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fedpact.errors import ConfigError, FedPactError, InadmissibleError, StoreError
+from fedpact.errors import ConfigError, FedPactError, InadmissibleError, RefusedError, StoreError
 from fedpact.messages import Hello
 from fedpact.runtime.adapters import refuse_rank
 from fedpact.runtime.client_config import client_files, load_client
@@ -41,7 +41,7 @@ class LocalTransport:
             except StoreError:  # members and server share this disk: going on without them would change the result
                 raise
             except FedPactError as error:
-                yield client, Failure(str(error))
+                yield client, Failure(str(error), refused=isinstance(error, RefusedError))
 
 
 def local_members(folder: Path, *, home: Path, model: Path, engines: Engines) -> dict[ClientId, Member]:

@@ -1,9 +1,9 @@
 """The main of the Flower ServerApp: a run, or the rest of one, in a folder that the process's environment names.
 
-Whoever submits chooses a name and a configuration, never a path: `FEDPACT_FOLDER` of this process says where all is
-kept, ~/.fedpact if it does not. The run `NAME` lies in its runs/NAME, a `run-file` is looked for below it, and the
-paths in a configuration that was submitted as text start at it. There the working folder means nothing: it is that of
-whichever process of Flower's started this one.
+Whoever submits chooses a name and a configuration, never the run's folder: `FEDPACT_FOLDER` of this process says where
+all is kept, ~/.fedpact if it does not. The run `NAME` lies in its runs/NAME, a `run-file` is looked for below it, and
+the paths in a configuration that was submitted as text start at it. There the working folder means nothing: it is that
+of whichever process of Flower's started this one.
 """
 
 from __future__ import annotations
@@ -119,14 +119,15 @@ def _run(grid: Grid, run_id: int, run: Wanted, folder: Path) -> None:
 
         def make(config: RunConfig, base: Path, out: Path, begin: Start) -> GridTransport:
             if flower_private.in_simulation(grid):
-                log = out.with_name(f"{out.name}.members.log")
+                log = out.with_name(f".{out.name}.members.log")
                 members = simulated_transport(grid, run_id, config, base, out, begin, check=not going, log=log)
                 return stack.enter_context(members)
             transport = GridTransport(grid, lambda: flower_private.nodes(grid))
             transport.wait_for(config.federation.min_replies, _MEMBERS_S)
             if going:
                 with suppress(TooFewRepliesError):  # those that it had before, if they come in time
-                    transport.wait_for(len(RunFolder(out).read_run()["members"]), _COMRADES_S)
+                    before = _members(RunFolder(out))
+                    transport.wait_for(len(before), _COMRADES_S, among=before)
             return transport
 
         observer = Lines(run.config.rounds)
@@ -138,15 +139,21 @@ def _run(grid: Grid, run_id: int, run: Wanted, folder: Path) -> None:
     say(f"finished: {out / 'final'}")
 
 
+def _members(store: RunFolder) -> Sequence[ClientId]:
+    """Who took part in the last committed round; before the first, who was there when the run began."""
+    latest = store.latest_round()
+    found = store.read_run() if latest is None else store.load(latest).state
+    return list(found["members"])
+
+
 def _refuse_another(out: Path, config: RunConfig) -> None:
     """Raises ConfigError if the run in `out` began with another configuration."""
     began, _ = launch.recorded(RunFolder(out).read_run(), out)
     before, now = (_flat(one.dump()) for one in (began, config))
     if list(before.items()) != list(now.items()):  # the order of the objectives counts
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)] or ["the order of keys"]
-        found = f"{before.get(keys[0])!r:.60} there, {now.get(keys[0])!r:.60} now" if before != now else "not the same"
-        raise ConfigError(
-            f"{out}: this run began with another configuration ({keys[0]}: {found}); submit it as it was, or choose "
+        raise ConfigError(  # not what it was: another may have submitted it
+            f"{out}: this run began with another configuration ({keys[0]}: not the same); submit it as it was, or choose "
             "another run-name"
         )
 

@@ -31,6 +31,8 @@ _CONNECTIONS = 8
 """At once, of all peers."""
 _FRAME_S = 60.0
 """How long a peer may pause within a frame."""
+_REQUEST_S = 600.0
+"""How long a whole request may take to arrive."""
 _LINGER_S = 5.0
 
 
@@ -76,6 +78,8 @@ def answered(member: Answers, envelope: bytes) -> bytes | Code:
         said = f"answered, {len(answer)} bytes out"
     except FedPactError as error:
         answer, said = _code(error), str(error)
+    except Exception as error:  # out of memory, or a bug of ours: the service lives on
+        answer, said = Code.FAILED, f"internal error ({type(error).__name__})"
     say(f"{_about(envelope)}: {said}, {time.monotonic() - start:.1f} s")
     return answer
 
@@ -87,8 +91,9 @@ def listening(path: Path) -> Iterator[socket.socket]:
         if not path.parent.exists():
             path.parent.mkdir(parents=True, mode=0o750)
             path.parent.chmod(0o750)
-        found = path.parent.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+        found = path.parent.lstat()
+    mine = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)  # a link may be turned elsewhere later
+    if not mine or found.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ConfigError(
             f"{path.parent}: mode {stat.S_IMODE(found.st_mode):04o} of user {found.st_uid}; the socket's folder must "
             "be this user's own, closed to others and not writable by its group: chmod 0750"
@@ -138,7 +143,7 @@ def _converse(
                 _refuse(peer, Code.NOT_ALLOWED)
                 return
             try:
-                kind, envelope = receive(peer)
+                kind, envelope = receive(peer, within_s=_REQUEST_S)
             except SilentError:
                 return
             except BrokenFrameError as error:
@@ -188,6 +193,6 @@ def _code(error: FedPactError) -> Code:
 def _about(envelope: bytes) -> str:
     try:
         about = decode(Envelope, envelope)
-    except FedPactError:
+    except Exception:
         return "what was no envelope"
-    return f"{about.run} round {about.round}.{about.exchange} {about.verb}"
+    return f"{about.run:.80} round {about.round!s:.20}.{about.exchange!s:.20} {about.verb:.20}"

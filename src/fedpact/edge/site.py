@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from fedpact.errors import ConfigError
+from fedpact.errors import ConfigError, RefusedError
 from fedpact.runtime.client_config import ClientConfig, load_client
 from fedpact.runtime.engines import Engines
+from fedpact.runtime.files import make_private, storing
 from fedpact.runtime.member import Member
 
 _MAX_PATH = 100
@@ -49,6 +52,21 @@ def load_site(path: Path) -> Member:
     member = Member(config, folder=path.parent, home=home, where=str(path), engines=Engines())
     member.restore()
     return member
+
+
+@contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Two services in one folder would spoil each other's memory and ledger. Raises RefusedError."""
+    with storing(home):
+        make_private(home)
+        descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise RefusedError(f"{home}: another site service works here; stop it first") from error
+    finally:
+        os.close(descriptor)
 
 
 def _uids(names: Sequence[str], where: str) -> list[int]:

@@ -34,6 +34,7 @@ SWITCHES = {
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LINE = re.compile(r"fedpact exit (\d{1,3}): (.+)", re.DOTALL)
+_MAX_LINE = 2000
 _CLASSES = (ConfigError, RefusedError, StoreError, TooFewRepliesError, CheckFailedError)
 
 
@@ -68,7 +69,7 @@ def error_in(text: str) -> FedPactError | None:
     if found is None:
         return None
     kind = next((one for one in _CLASSES if one.exit_code == int(found[1])), FedPactError)
-    return kind(shown(" ".join(found[2].split())))
+    return kind(shown(" ".join(found[2].split())[:_MAX_LINE]))
 
 
 def _bug(error: Exception, folder: Path) -> str:

@@ -62,6 +62,8 @@ class Engines:
         """
         found = (path, settings.model_dump_json(), contract.canonical(), rank)
         if found not in self._policies:
+            ours = contract.canonical()
+            self._policies = {key: policy for key, policy in self._policies.items() if key[2] == ours}
             if hash_of(path) != contract.model:
                 raise ConfigError(
                     f"{where}: {path} hashes to {hash_of(path)[:12]}, the contract's model to {contract.model[:12]}; "

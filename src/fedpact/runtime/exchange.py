@@ -75,6 +75,8 @@ class Round:
     rules: Rules = field(default_factory=Rules)
     norms: Norms = field(default_factory=dict)
     """Of accepted changes of the adapter, of committed rounds; grows."""
+    refused: set[ClientId] = field(default_factory=set)
+    """Who said no."""
     exchanges: int = 0
     metrics: list[dict[str, Any]] = field(default_factory=list)
     record: list[dict[str, Any]] = field(default_factory=list)
@@ -159,6 +161,8 @@ class Round:
             fault_point("exchange.admitted")
         for client, failure in failures.items():
             self.dropped(client, failure.reason)
+            if failure.refused:
+                self.refused.add(client)
         roster = [client for client in spool.received() if client in requests]
         if len(roster) < needed:
             first = f"; {next(iter(failures))}: {next(iter(failures.values())).reason}" if failures else ""

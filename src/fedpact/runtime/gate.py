@@ -46,6 +46,8 @@ from fedpact.runtime.noise import member_secret
 from fedpact.screen import printable
 from fedpact.seeding import key
 
+MAX_RUN_NAME = 200
+"""Characters of a run's name."""
 _MIN_SAMPLES = 20
 """Between sites, unless the member says otherwise."""
 
@@ -84,13 +86,17 @@ class Gate:
         """Whether compressed gradients may leave."""
         return "gradients" in self.share
 
+    def pinned(self) -> str | None:
+        """The hash of the one contract that this member accepts; None: none, or in a simulation any."""
+        return self.site.accept if self.simulation else self.site.accept or accepted(self.home)
+
     def accept(self, canonical: str) -> Contract:
         """The contract, if this member agrees to it. Raises RefusedError naming the key, what was asked and allowed."""
         try:
             found = contract_hash(canonical)
         except UnicodeEncodeError as error:
             raise RefusedError(f"{self.where}: contract not understood: it holds half a character") from error
-        pinned = self.site.accept if self.simulation else self.site.accept or accepted(self.home)
+        pinned = self.pinned()
         if pinned != found and not (pinned is None and self.simulation):
             if not self.simulation:
                 offer(self.home, canonical)
@@ -100,6 +106,7 @@ class Gate:
                 "read and accept it with `fedpact site accept`"
             )
         contract = read_contract(canonical)
+        self._trained.clear()  # a run of the same name may have begun anew; another name would not be counted either
         if self.budget is not None:
             self.budget.ready()
         local_steps = contract.algorithm.get("local_steps")
@@ -123,6 +130,13 @@ class Gate:
         each = contract.training.prompts_per_step * contract.rollout.num_generations
         self.trained_on, self.batch = (local_steps or 1) * each, each
         return contract
+
+    def hear(self, run: str) -> None:
+        """Let a run's name in, which is kept and shown. Raises RefusedError."""
+        if not 0 < len(run) <= MAX_RUN_NAME or not run.isprintable():
+            raise RefusedError(
+                f"{self.where}: run: found {ascii(run)[:40]}; expected 1 to {MAX_RUN_NAME} characters that can be seen"
+            )
 
     def enter(self, verb: str, contract: str, accepted: str | None) -> None:
         """Let a request in. Raises RefusedError if its verb or its contract is not this member's choice."""

@@ -36,15 +36,16 @@ class Greeting:
         self._strangers: dict[ClientId, str] = {}
         """Who has not come in, and why."""
 
-    def met(self, clients: Iterable[ClientId]) -> dict[ClientId, Introduced]:
-        """Who of these accepts the contract, sorted by name."""
+    def met(self, clients: Iterable[ClientId], *, within_s: float | None = None) -> dict[ClientId, Introduced]:
+        """Who of these accepts the contract, sorted by name; `within_s`: how long to wait, if less than `timeout_s`."""
+        limits = [limit for limit in (self.config.federation.timeout_s, within_s) if limit is not None]
         where = {"run": self.run, "contract": self.hash, "round": 0, "exchange": 0, "head": self.ledger.head}
         envelopes = {client: seal(self.hello, **where) for client in clients}
         sent = {client: encode(envelope) for client, envelope in envelopes.items()}
         for client, envelope in envelopes.items():
             self._note(envelope, client, "asked", bytes_out=len(sent[client]))
         introduced: dict[ClientId, Introduced] = {}
-        for client, answer in self.transport.exchange(sent, timeout_s=self.config.federation.timeout_s):
+        for client, answer in self.transport.exchange(sent, timeout_s=min(limits, default=None)):
             if client not in envelopes or client in introduced:
                 continue  # nobody asked, or it has answered
             if isinstance(answer, Failure):

@@ -29,7 +29,7 @@ from fedpact.runtime.disclosure import withheld
 from fedpact.runtime.engines import Engines
 from fedpact.runtime.envelope import Envelope, is_head, wrap
 from fedpact.runtime.files import append_durably, storing
-from fedpact.runtime.gate import Gate
+from fedpact.runtime.gate import MAX_RUN_NAME, Gate
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.memory import MemberStore
 from fedpact.runtime.prompts import prompts_at, split_prompts
@@ -69,7 +69,8 @@ class Member:
             for name, reward in config.rewards.items()
         }
         self.audits = frozenset(name for name, reward in config.rewards.items() if reward.audit)
-        self.store = MemberStore(home / "memory")
+        self.store = self.kept = MemberStore(home / "memory")
+        """`store` is that of the run that said hello: between sites another's must not be taken for it."""
         self.ledger = Ledger(home / "ledger.jsonl")
         self.log_path = home / "log.jsonl"
         self.cache: dict[str, Any] = {}
@@ -82,6 +83,7 @@ class Member:
         digest = envelope.digest()
         fault_point("member.opened")
         try:
+            self.gate.hear(envelope.run)
             self.gate.enter(envelope.verb, envelope.contract, self.accepted)
             request = envelope.open()
             reply = self._reply(envelope, request, digest)
@@ -103,9 +105,10 @@ class Member:
 
     def _reply(self, envelope: Envelope, request: Request[Any], digest: str) -> bytes:
         if isinstance(request, Hello):
-            introduced, self.gate.run = self.gate.leave(request, self.hello(request)), envelope.run
+            introduced = self.gate.leave(request, self.hello(request))
+            self._enter(envelope.run, request.contract)
             if not self.gate.simulation:
-                self.store.keep_hello(envelope.run, request.contract)
+                self.kept.keep_hello(envelope.run, request.contract)
             return encode(introduced)
         self.gate.place(envelope, self.contract)
         self.gate.open(request, None if self.contract is None else self.algorithm())
@@ -117,13 +120,13 @@ class Member:
 
     def _note(self, envelope: Envelope, digest: str, data: bytes, **what: Any) -> None:
         self.ledger.append(
-            run=envelope.run,
+            run=envelope.run[:MAX_RUN_NAME],  # of what is refused these may be of any length
             round=envelope.round,
             exchange=envelope.exchange,
             attempt=envelope.attempt,
             peer="server",
-            verb=envelope.verb,
-            contract=envelope.contract,
+            verb=envelope.verb[:MAX_RUN_NAME],
+            contract=envelope.contract[:MAX_RUN_NAME],
             request=digest,
             bytes_in=len(data),
             peer_head=envelope.head if is_head(envelope.head) else None,
@@ -172,11 +175,19 @@ class Member:
 
     def restore(self) -> None:
         """Go on under the contract of the last hello, after a restart, if it is accepted still."""
-        run, contract = self.store.hello()
-        if contract:
+        run, contract = self.kept.hello()
+        if contract and contract_hash(contract) == self.gate.pinned():
             with suppress(RefusedError):
                 self.hello(Hello(contract))
-                self.gate.run = run
+                self._enter(run, contract)
+
+    def _enter(self, run: str, contract: str) -> None:
+        """Work in this run; between sites its memory is its own."""
+        if run != self.gate.run:
+            self.cache.clear()
+        self.gate.run = run
+        if not self.gate.simulation:
+            self.store = self.kept.of(run, contract)
 
     def evaluate(self, request: Evaluate) -> Evaluated:
         """Held-out results, for this member's own eyes: past the gate, and nothing is remembered."""
@@ -188,9 +199,8 @@ class Member:
         personal = isinstance(request, Train) or (isinstance(request, Evaluate) and request.personal)
         client = self.side(envelope.round, envelope.exchange, envelope.since, personal=personal)
         algorithm = self.algorithm()
-        if isinstance(request, Differentiate) and not (
-            client.contract.evaluation.conflicts or "gradients" in algorithm.needs
-        ):
+        measured = client.contract.evaluation.conflicts or "gradients" in algorithm.needs
+        if isinstance(request, Differentiate) and not measured:
             raise RefusedError(f"{self.where}: gradients are asked for; the accepted contract asks for none")
         if isinstance(request, Differentiate) and not self.gate.shares_gradients:
             reply: Reply = withheld(request, len(client.objectives))

@@ -6,7 +6,11 @@ reply was lost starts again from where the server believes it to be.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 from fedpact.errors import StoreError
@@ -14,6 +18,8 @@ from fedpact.faults import fault_point
 from fedpact.runtime.files import atomic_write, make_private, storing, tensor_bytes, tensors_in
 from fedpact.types import Memory
 
+_KEPT_RUNS = 4
+"""Of which memories are kept: a run may be put aside for another one, and go on later."""
 _VERSION = re.compile(r"(\d{4,})-(\d{2,})\.safetensors")
 
 
@@ -65,14 +71,28 @@ class MemberStore:
         with storing(self.folder):
             make_private(self.folder)
         if self.hello() != (run, contract):
-            atomic_write(self._hello, run.encode() + b"\n" + contract.encode())
+            atomic_write(self._hello, json.dumps([run, contract]).encode())
 
     def hello(self) -> tuple[str, str]:
         """What `keep_hello` was given last: run and contract; empty before."""
         with storing(self._hello):
             found = self._hello.read_bytes() if self._hello.exists() else b""
-        run, _, contract = found.partition(b"\n")
-        return run.decode(errors="replace"), contract.decode(errors="replace")
+        try:
+            run, contract = json.loads(found)
+            return str(run), str(contract)
+        except ValueError:  # none yet
+            return "", ""
+
+    def of(self, run: str, contract: str) -> MemberStore:
+        """What is remembered of one run alone; of the others, the last few are kept."""
+        place = self.folder / hashlib.sha256(json.dumps([run, contract]).encode()).hexdigest()[:16]
+        with storing(self.folder):
+            make_private(place)
+            os.utime(place)
+            others = [path for path in self.folder.iterdir() if path.is_dir() and path != place]
+            for old in sorted(others, key=lambda path: path.stat().st_mtime_ns)[: -(_KEPT_RUNS - 1)]:
+                shutil.rmtree(old)
+        return MemberStore(place)
 
     def prune(self, since: tuple[int, int] | None) -> None:
         """Removes the versions older than `since`, which the server will not ask for again; None removes nothing."""

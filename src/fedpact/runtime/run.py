@@ -29,6 +29,9 @@ from fedpact.runtime.transport import Transport
 from fedpact.seeding import permutation
 from fedpact.types import Adapter, ClientId, Memory
 
+_GREETING_S = 30.0
+"""How long a round waits for who is not in it yet."""
+
 
 class Observer(Protocol):
     """Somebody who watches a run."""
@@ -67,6 +70,8 @@ class Run:
         self.greeting = Greeting(self.name, self.canonical, config, transport, self.ledger, observer.dropped)
         self.since: dict[ClientId, Version] = {}
         self.norms: Norms = {}
+        self._refused: set[ClientId] = set()
+        """Who said no in the last round: it may have lost sight of this run."""
         self.passed: tuple[int, float] | None = None
         """The last round whose evaluation was good enough, and its score."""
 
@@ -118,10 +123,9 @@ class Run:
             passed = checkpoint.state.get("passed")
             self.passed = None if passed is None else (int(passed[0]), float(passed[1]))
         for number in range(latest + 1, (self.config.rounds if until is None else until) + 1):
-            if strangers := [client for client in self.transport.clients() if client not in clients]:
-                clients = dict(
-                    sorted({**clients, **self.greeting.met(strangers)}.items())
-                )  # come lately, or changed its mind
+            if again := [one for one in self.transport.clients() if one not in clients or one in self._refused]:
+                met = self.greeting.met(again, within_s=_GREETING_S)  # come lately, or changed its mind
+                clients = dict(sorted({**clients, **met}.items()))
             adapter = self._round(number, adapter, memory, clients)
         if until is not None:
             return
@@ -131,6 +135,7 @@ class Run:
         fault_point("run.finished")
 
     def _round(self, number: int, adapter: Adapter, memory: Memory, clients: Mapping[ClientId, Introduced]) -> Adapter:
+        self.folder.begin(number, sorted(clients))
         one = Round(
             run=self.name,
             contract=self.hash,
@@ -191,7 +196,7 @@ class Run:
         )
         fault_point("run.committed")
         self._committed(number)
-        self.since, self.norms = one.since, one.norms
+        self.since, self.norms, self._refused = one.since, one.norms, one.refused
         self.observer.round_done(number, one.metrics)
         return adapter
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,18 @@ class Spool:
 
     def _path(self, client: ClientId) -> Path:
         return self.folder / f"{safe_name(client)}.safetensors"
+
+
+def begin_spools(folder: Path, members: Sequence[ClientId], *, then: str = "start again") -> None:
+    """Opens the folder of a round's spools. What is there of a round for other members is removed: others would be
+    asked other things, and whose replies count was settled among those."""
+    note, now = folder / "members.json", json_bytes(sorted(members))
+    with storing(folder, then=then):
+        if folder.exists() and (not note.exists() or note.read_bytes() != now):
+            shutil.rmtree(folder)
+        if not folder.exists():
+            make_private(folder)
+            atomic_write(note, now, then=then)
 
 
 def safe_name(name: str) -> str:

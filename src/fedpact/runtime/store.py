@@ -21,7 +21,7 @@ from fedpact.errors import ConfigError, StoreError
 from fedpact.faults import fault_point
 from fedpact.runtime import files
 from fedpact.runtime.files import atomic_write, storing
-from fedpact.runtime.spool import Spool, safe_name
+from fedpact.runtime.spool import Spool, begin_spools, safe_name
 from fedpact.types import Adapter, Memory
 
 __all__ = ["Checkpoint", "RunFolder", "Spool"]
@@ -177,6 +177,10 @@ class RunFolder:
             memory=files.tensors_in(content["memory.safetensors"], folder / "memory.safetensors"),
             state=json.loads(content["state.json"]),
         )
+
+    def begin(self, round: int, members: Sequence[str]) -> None:
+        """Opens a round for these members. What there is of it is kept only if it was begun for the same ones."""
+        begin_spools(self._rounds / f"{round:04d}.partial", members, then=self._then)
 
     def spool(self, round: int, exchange: int = 0) -> Spool:
         """The admitted replies of one exchange of a round that is not final yet."""

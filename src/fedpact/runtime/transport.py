@@ -15,6 +15,8 @@ class Failure:
     """Why a member sent no reply, in one line."""
 
     reason: str
+    refused: bool = False
+    """The member said no itself: it may be under another contract by now, or another run's."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reason", shown(self.reason))

@@ -23,10 +23,10 @@ _LARGEST = 2**26
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def tried(action: Callable[[], Any]) -> str:
+def tried(action: Callable[..., Any], *arguments: Any) -> str:
     """What an attempt came to."""
     try:
-        found = action()
+        found = action(*arguments)
     except OSError as error:
         return errno.errorcode.get(error.errno or 0, type(error).__name__)
     return "got " + (found.decode("latin-1") if isinstance(found, bytes) else str(found))
@@ -37,26 +37,24 @@ def reading(targets: dict[str, Any]) -> dict[str, str]:
     found = {}
     for name in targets["files"]:
         found[f"read {name}"] = tried(Path(name).read_bytes)
-        found[f"link {name}"] = tried(lambda name=name: _linked(Path(name)))
+        found[f"link {name}"] = tried(_linked, Path(name))
     for name in targets["folders"]:
-        found[f"list {name}"] = tried(lambda name=name: _names(name))
-        found[f"enter {name}"] = tried(lambda name=name: _entered(name))
+        found[f"list {name}"] = tried(_names, name)
+        found[f"enter {name}"] = tried(_entered, name)
     for number, pid in enumerate(services(targets)):
         at = f"service {number}"
         for entry in ("environ", "maps", "smaps", "auxv", "io", "pagemap", f"task/{pid}/environ"):
-            found[f"{at} {entry}"] = tried(lambda file=f"/proc/{pid}/{entry}": _start_of(file))
+            found[f"{at} {entry}"] = tried(_start_of, f"/proc/{pid}/{entry}")
         for entry in ("fd", "map_files"):
-            found[f"{at} {entry}"] = tried(lambda folder=f"/proc/{pid}/{entry}": _names(folder))
+            found[f"{at} {entry}"] = tried(_names, f"/proc/{pid}/{entry}")
         for entry in ("cwd", "root", "exe"):
-            found[f"{at} {entry}"] = tried(lambda link=f"/proc/{pid}/{entry}": Path(link).readlink())
-        found[f"{at} through root"] = tried(lambda pid=pid: Path(f"/proc/{pid}/root{targets['files'][0]}").read_bytes())
-        found[f"{at} through cwd"] = tried(lambda pid=pid: _names(f"/proc/{pid}/cwd/"))
-        found[f"{at} mem"] = tried(lambda pid=pid: _searched(pid, targets["pattern"]))
-        found[f"{at} ptrace"] = tried(lambda pid=pid: _called(_libc.ptrace, _PTRACE_SEIZE, pid, None, None))
-        found[f"{at} process_vm_readv"] = tried(lambda pid=pid: _peeked(pid))
-        found[f"{at} pidfd_getfd"] = tried(
-            lambda pid=pid: _called(_libc.syscall, _PIDFD_GETFD, os.pidfd_open(pid), 0, 0)
-        )
+            found[f"{at} {entry}"] = tried(Path(f"/proc/{pid}/{entry}").readlink)
+        found[f"{at} through root"] = tried(Path(f"/proc/{pid}/root{targets['files'][0]}").read_bytes)
+        found[f"{at} through cwd"] = tried(_names, f"/proc/{pid}/cwd/")
+        found[f"{at} mem"] = tried(_searched, pid, targets["pattern"])
+        found[f"{at} ptrace"] = tried(_called, _libc.ptrace, _PTRACE_SEIZE, pid, None, None)
+        found[f"{at} process_vm_readv"] = tried(_peeked, pid)
+        found[f"{at} pidfd_getfd"] = tried(_first_file, pid)
     return found
 
 
@@ -66,35 +64,35 @@ def tampering(targets: dict[str, Any]) -> dict[str, str]:
     own.write_text("", encoding="utf-8")
     found = {
         "unlink the socket": tried(path.unlink),
-        "rename the socket": tried(lambda: path.rename(path.with_name("old"))),
-        "move the socket here": tried(lambda: path.rename(own.with_name("stolen"))),
-        "replace the socket": tried(lambda: own.replace(path)),
-        "bind in its place": tried(lambda: _bound(path)),
-        "bind beside it": tried(lambda: _bound(path.with_name("s2"))),
-        "chmod the socket": tried(lambda: path.chmod(0o777)),
-        "chown the socket": tried(lambda: os.chown(path, os.getuid(), -1)),
-        "write into its folder": tried(lambda: path.with_name("x").write_text("x")),
-        "link into its folder": tried(lambda: path.with_name("x").symlink_to(own)),
+        "rename the socket": tried(path.rename, path.with_name("old")),
+        "move the socket here": tried(path.rename, own.with_name("stolen")),
+        "replace the socket": tried(own.replace, path),
+        "bind in its place": tried(_bound, path),
+        "bind beside it": tried(_bound, path.with_name("s2")),
+        "chmod the socket": tried(path.chmod, 0o777),
+        "chown the socket": tried(os.chown, path, os.getuid(), -1),
+        "write into its folder": tried(path.with_name("x").write_text, "x"),
+        "link into its folder": tried(path.with_name("x").symlink_to, own),
         "make a folder there": tried(path.with_name("x").mkdir),
-        "chmod its folder": tried(lambda: path.parent.chmod(0o777)),
-        "rename its folder": tried(lambda: path.parent.rename(path.parent.with_name("old"))),
-        "put a folder in its place": tried(lambda: (path.parent.parent / "new").mkdir()),
+        "chmod its folder": tried(path.parent.chmod, 0o777),
+        "rename its folder": tried(path.parent.rename, path.parent.with_name("old")),
+        "put a folder in its place": tried((path.parent.parent / "new").mkdir),
     }
     for name in targets["files"]:
-        found[f"write {name}"] = tried(lambda name=name: _appended(name))
+        found[f"write {name}"] = tried(_appended, name)
         found[f"unlink {name}"] = tried(Path(name).unlink)
     for name in targets["folders"]:
-        found[f"write into {name}"] = tried(lambda name=name: (Path(name) / "sitecustomize.py").write_text("x"))
-        found[f"rename {name}"] = tried(lambda name=name: Path(name).rename(f"{name}.old"))
+        found[f"write into {name}"] = tried((Path(name) / "sitecustomize.py").write_text, "x")
+        found[f"rename {name}"] = tried(Path(name).rename, f"{name}.old")
     for number, pid in enumerate(services(targets)):
         at = f"service {number}"
-        found[f"{at} become its user"] = tried(lambda pid=pid: os.setuid(Path(f"/proc/{pid}").stat().st_uid))
-        found[f"{at} write mem"] = tried(lambda pid=pid: os.open(f"/proc/{pid}/mem", os.O_RDWR))
-        found[f"{at} limit"] = tried(lambda pid=pid: resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3)))
-        found[f"{at} priority"] = tried(lambda pid=pid: os.setpriority(os.PRIO_PROCESS, pid, 19))
-        found[f"{at} affinity"] = tried(lambda pid=pid: os.sched_setaffinity(pid, os.sched_getaffinity(0)))
+        found[f"{at} become its user"] = tried(os.setuid, Path(f"/proc/{pid}").stat().st_uid)
+        found[f"{at} write mem"] = tried(os.open, f"/proc/{pid}/mem", os.O_RDWR)
+        found[f"{at} limit"] = tried(resource.prlimit, pid, resource.RLIMIT_NOFILE, (3, 3))
+        found[f"{at} priority"] = tried(os.setpriority, os.PRIO_PROCESS, pid, 19)
+        found[f"{at} affinity"] = tried(os.sched_setaffinity, pid, os.sched_getaffinity(0))
         for one in (signal.SIGCONT, signal.SIGHUP, signal.SIGTERM, signal.SIGKILL):
-            found[f"{at} {one.name}"] = tried(lambda pid=pid, one=one: os.kill(pid, one))
+            found[f"{at} {one.name}"] = tried(os.kill, pid, one)
     return found
 
 
@@ -105,9 +103,9 @@ def planting(targets: dict[str, Any]) -> dict[str, str]:
     places = [own, Path.home(), Path.cwd(), *map(Path, sys.path[:1]), *map(Path, targets["path"])]
     for folder in dict.fromkeys(places):
         for name in ("sitecustomize.py", "usercustomize.py", "planted.pth"):
-            found[f"{folder / name}"] = tried(lambda file=folder / name: _written(file, mark % file.name + "\n"))
+            found[f"{folder / name}"] = tried(_written, folder / name, mark % name + "\n")
     startup = Path.home() / "startup.py"
-    found["PYTHONSTARTUP"] = tried(lambda: _written(startup, mark % "startup" + "\n"))
+    found["PYTHONSTARTUP"] = tried(_written, startup, mark % "startup" + "\n")
     os.environ |= {"PYTHONSTARTUP": str(startup), "PYTHONPATH": str(Path.home()), "PYTHONHOME": str(Path.home())}
     return found
 
@@ -158,6 +156,10 @@ def _called(function: Any, *arguments: Any) -> int:
     if result < 0:
         raise OSError(ctypes.get_errno(), "")
     return result
+
+
+def _first_file(pid: int) -> int:
+    return _called(_libc.syscall, _PIDFD_GETFD, os.pidfd_open(pid), 0, 0)
 
 
 def _peeked(pid: int) -> int:

@@ -8,7 +8,7 @@ import os
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from planted import attempts, requests
+from . import attempts, requests
 
 app = ClientApp()
 
@@ -19,7 +19,7 @@ def answer(message: Message, context: Context) -> Message:
         raise PermissionError("not as root: it would succeed")
     wanted = message.content["wanted"]
     targets = json.loads(str(wanted["targets"]))
-    envelopes = {name: bytes(data) for name, data in message.content["envelopes"].items()}
+    envelopes = {name: data for name, data in message.content["envelopes"].items() if isinstance(data, bytes)}
     report = {
         "site-socket": str(context.node_config["site-socket"]),
         "reading": attempts.reading(targets),
