@@ -303,3 +303,24 @@ def test_a_model_beside_the_run_file_is_looked_for_at_the_server_app(stage: Stag
     stage.answering(STARTED, row("finished:completed"))
     stage.submit()
     assert stage.said[0].endswith("policy.model: model is looked for below FEDPACT_FOLDER of the ServerApp")
+
+
+def test_whoever_was_missing_is_named_before_the_round_with_its_first_reason(stage: Stage) -> None:
+    stage.began()
+    stage.reached(0)
+    stage.answering(STARTED, row("running"))
+
+    def rest() -> None:
+        exchanges = [{"failures": {"north": "no reply within 9 s"}}, {"failures": {"north": "not connected"}}]
+        state = json.dumps({"exchanges": exchanges}).encode()
+        (stage.out / "rounds").mkdir(exist_ok=True)
+        write_folder(stage.out / "rounds" / "0001", {"state.json": state, "metrics.jsonl": b""})
+        stage.reached(2, final=True)
+
+    write_in_a_while(stage, rest)
+    stage.resume()
+    assert stage.said[-4:-1] == [
+        "round 1: dropped north: no reply within 9 s",
+        "round 1 of 2",
+        "round 2 of 2; held out: right 0.500",
+    ]

@@ -137,9 +137,11 @@ class _Watched:
         return self.here()
 
     def news(self, say: Say) -> None:
-        """A line for each round that was committed since the last time."""
+        """A line for each round that was committed since the last time, and before it one for whoever was missing."""
         latest = self._latest()
         while latest is not None and self.next <= latest:
+            for client, reason in self._missing():
+                say(f"round {self.next}: dropped {client}: {reason}")
             try:
                 text = (self.out / "rounds" / f"{self.next:04d}" / "metrics.jsonl").read_text(encoding="utf-8")
                 line = round_line(self.next, self.config.rounds, [json.loads(one) for one in text.splitlines()])
@@ -147,6 +149,16 @@ class _Watched:
                 line = f"round {self.next} of {self.config.rounds}"
             say(line)
             self.next += 1
+
+    def _missing(self) -> list[tuple[str, str]]:
+        """Who did not answer in the next round, and why at first."""
+        try:
+            text = (self.out / "rounds" / f"{self.next:04d}" / "state.json").read_text(encoding="utf-8")
+            exchanges = json.loads(text)["exchanges"]
+            failures = {client: why for one in reversed(exchanges) for client, why in one["failures"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+        return [(shown(client), shown(str(why))) for client, why in sorted(failures.items())]
 
     def _latest(self) -> int | None:
         try:
