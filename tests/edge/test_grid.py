@@ -218,6 +218,19 @@ def test_waiting_for_too_few_says_who_is_there() -> None:
     assert link.now == 30
 
 
+def test_waiting_for_certain_members_does_not_count_strangers() -> None:
+    link = SuperLink(north(), Site("stranger", 9), south(lives=[(20.0, FOREVER)]))
+    assert link.transport().wait_for(2, 90, among=["north", "south"]) == ["north", "south"]
+    assert 20 <= link.now <= 21
+
+
+def test_waiting_for_certain_members_ends_without_them_and_names_those_who_came() -> None:
+    link = SuperLink(north(), Site("stranger", 9))
+    with pytest.raises(TooFewRepliesError, match=r"1 of 2 members connected within 90 s \(north\)"):
+        link.transport().wait_for(2, 90, among=["north", "south"])
+    assert link.now == 90
+
+
 # One exchange
 
 
@@ -297,6 +310,13 @@ def test_the_superlink_is_polled_five_times_a_second_and_asked_for_its_nodes_onc
 def test_a_members_code_becomes_its_meaning(code: Code) -> None:
     refused = code in (Code.REFUSED, Code.CONTRACT)
     assert asked(SuperLink(north(reply=lambda _: code))) == {"north": Failure(MEANING[code], refused)}
+
+
+def test_what_goes_wrong_on_the_way_is_no_refusal_of_the_member() -> None:
+    late, left = SuperLink(north(work_s=601)), SuperLink(north(lives=[(0.0, 0.5)]))
+    broken = SuperLink(north(reply=lambda _: Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "refused")))
+    found = [asked(link)["north"] for link in (late, left, broken)]
+    assert [isinstance(one, Failure) and one.refused is False for one in found] == [True] * 3
 
 
 def test_a_reply_of_another_shape_is_malformed() -> None:

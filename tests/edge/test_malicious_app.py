@@ -7,7 +7,9 @@ The planted app is in `malicious_app`. One run of it, against one site; what it 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +109,7 @@ def test_no_canary_is_in_anything_that_left_the_member(attacked: Attacked) -> No
                 "since the future",
                 "a damaged request",
                 "while another run is here",
+                "a line end in run's hello",
                 "nothing",
                 "a pickle",
                 "a cut request",
@@ -142,9 +145,15 @@ def test_silent_connections_hold_up_a_request_only_while_they_are_open(attacked:
 
 
 def test_a_path_as_the_name_of_a_run_makes_no_file(attacked: Attacked) -> None:
-    memory = {f"site/home/memory/{name}" for name in ("hello", "reply", "0001-00.safetensors")}
-    made = {name for name in attacked.new if not name.startswith("node/") and "__pycache__" not in name}
-    assert made == memory | {"site/home/log.jsonl", "site/home/offered.json"}
+    made = [name for name in attacked.new if not name.startswith("node/") and "__pycache__" not in name]
+    assert Counter(re.sub(r"\b[0-9a-f]{16}\b", "RUN", name) for name in made) == {
+        "site/home/memory/hello": 1,
+        "site/home/memory/RUN": 4,  # of those that said hello
+        "site/home/memory/RUN/reply": 1,
+        "site/home/memory/RUN/0001-00.safetensors": 1,
+        "site/home/log.jsonl": 1,
+        "site/home/offered.json": 1,
+    }
     assert not Path("/planted").exists()
 
 

@@ -11,13 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from fedpact.edge import service
 from fedpact.edge.service import Answers, serve
 from fedpact.errors import ConfigError, FedPactError, RefusedError, RewardError, StoreError, UnacceptedError
-from fedpact_app.frames import HEAD, MAGIC, Code, Kind, ask, receive, send
+from fedpact_app.frames import HEAD, MAGIC, BrokenFrameError, Code, Kind, ask, receive, send
 
 ME = frozenset({os.getuid()})
 SECRET = "patient 4711 has an ulcer"
@@ -257,3 +259,102 @@ def test_a_dead_services_socket_is_taken_over(started: Callable[..., Path], tmp_
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "s" / "site.sock"))
     assert ask(started(Stand()), b"x") == b"to x"
+
+
+@pytest.mark.parametrize("error", [MemoryError(SECRET), ZeroDivisionError(SECRET), RecursionError(SECRET)])
+def test_what_nobody_thought_of_costs_one_request_and_the_next_one_is_answered(
+    started: Callable[..., Path], capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fails(data: bytes) -> bytes:
+        if data == b"big":
+            raise error
+        return data
+
+    path = started(Stand(fails))
+    assert said(path, b"big") == (Kind.FAILURE, b"failed")
+    assert said(path, b"next") == (Kind.ANSWER, b"next")
+    shown = capsys.readouterr().out
+    assert f"internal error ({type(error).__name__})" in shown and SECRET not in shown
+
+
+def said(path: Path, data: bytes) -> tuple[Kind, bytes]:
+    """What comes back for one request, asked once."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(5)
+        peer.connect(str(path))
+        send(peer, Kind.REQUEST, data)
+        return receive(peer)
+
+
+def trickle(peer: socket.socket) -> None:
+    """Announces 1000 bytes and sends one every 20 ms for 3 s, until it is not heard any more."""
+    with peer, suppress(OSError):
+        peer.sendall(HEAD.pack(MAGIC, Kind.REQUEST, 1000))
+        for _ in range(150):
+            peer.sendall(b"x")
+            time.sleep(0.02)
+
+
+def test_a_frame_that_trickles_is_cut_off() -> None:
+    ours, theirs = socket.socketpair()
+    threading.Thread(target=trickle, args=(theirs,), daemon=True).start()
+    with ours:
+        ours.settimeout(5)  # no single pause is as long
+        with pytest.raises(BrokenFrameError, match="of 1000 bytes came in the time for all"):
+            receive(ours, within_s=0.1)
+
+
+def test_a_frame_in_time_is_whole() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send(theirs, Kind.REQUEST, b"x" * 100)
+        assert receive(ours, within_s=5) == (Kind.REQUEST, b"x" * 100)
+
+
+def test_a_peer_that_trickles_is_told_so_by_the_service(
+    started: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_REQUEST_S", 0.1)
+    path = started(Stand())
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(path))
+        peer.settimeout(2)
+        threading.Thread(target=trickle, args=(peer.dup(),), daemon=True).start()
+        assert receive(peer) == (Kind.FAILURE, b"malformed")
+
+
+def test_a_folder_that_is_a_link_is_refused(started: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o750)
+    (tmp_path / "real").chmod(0o750)
+    (tmp_path / "s").symlink_to(tmp_path / "real")
+    with pytest.raises(ConfigError, match="must be this user's own"):
+        started(Stand())
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+def falling(path: Path, most: int) -> list[bytes]:
+    """A service that goes under every request, and after `most` of them for good; the requests that it has read."""
+    read: list[bytes] = []
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def work() -> None:
+        with listener:
+            for _ in range(most):
+                peer, _ = listener.accept()
+                with peer:
+                    read.append(receive(peer)[1])
+
+    threading.Thread(target=work, daemon=True).start()
+    return read
+
+
+def test_a_request_under_which_the_service_falls_8_times_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 20))
+    read = falling(tmp_path / "site.sock", 12)
+    assert ask(tmp_path / "site.sock", b"poison", patience_s=0.1) == Code.UNAVAILABLE
+    assert read == [b"poison"] * 8

@@ -29,6 +29,8 @@ from tests.cli.conftest import MEMBERS, edit, in_process, model, results, settin
 from tests.runtime.test_exchange import ScriptedTransport
 from tests.runtime.watched import Watched, launched
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["model"]
 
 OPTIONS = [*settings("fedmoa"), "--set", 'loss.surrogate="ppo"', "--set", "policy.private={ r = 1 }"]

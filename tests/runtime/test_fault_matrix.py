@@ -32,6 +32,8 @@ from fedpact.runtime.transport import Failure
 from tests.cli.conftest import MEMBERS, model, results, write_project
 from tests.runtime.watched import Watched, launched
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["model"]
 
 OPTIONS = ("--set", "evaluation.every=3", "--set", "evaluation.conflicts=false")

@@ -72,8 +72,8 @@ class Told(LocalTransport):
 
 
 class Happening:
-    """A finished run. Members: east, whom another run's hello takes after round 1; north, who is late in round 3; south,
-    who comes in round 2; "wrong", whose client file calls it south; and "hangs", who never answers."""
+    """A finished run of some members: east, whom another run's hello takes after round 1; north, who is late in round
+    3; south, who comes in round 2; "wrong", whose client file calls it south; and "hangs", who never answers."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         torch.set_num_threads(1)
@@ -86,16 +86,12 @@ class Happening:
             file = run_file.parent / "clients" / f"{name if name != 'wrong' else 'south'}.toml"
             home = folder / name
             config_of = load_client(file)
-            members[name] = Member(
-                config_of, folder=file.parent, home=home, where=name, engines=engines, model=model
-            )
+            members[name] = Member(config_of, folder=file.parent, home=home, where=name, engines=engines, model=model)
             acceptance.accept(home, self.contract)
         self.transport = Told(members, {"south": 2})
         self.transport.late.add(("north", 3))
         self.out = folder / "runs" / "run"
-        launch.start(
-            config, run_file.parent, self.out, where="run.toml", make=lambda *_: self.transport, observer=self
-        )
+        launch.start(config, run_file.parent, self.out, where="run.toml", make=lambda *_: self.transport, observer=self)
 
     def round_done(self, round: int, metrics: Sequence[Mapping[str, Any]]) -> None:
         self.transport.round = round + 1
@@ -108,7 +104,9 @@ class Happening:
 
     def greeted(self, round: int) -> set[str]:
         """Who was said hello to in that round; before round 0 in 0."""
-        return {name for one in self.transport.said if (one.round, one.verb) == (round, "hello") for name in one.clients}
+        return {
+            name for one in self.transport.said if (one.round, one.verb) == (round, "hello") for name in one.clients
+        }
 
     def trained(self, round: int) -> set[str]:
         """Whose training counted in that round."""

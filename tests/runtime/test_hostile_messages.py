@@ -159,7 +159,7 @@ def everybody(sites: Sites) -> Everybody:
     share = ("rewards", "accuracy", "gradients")
     trains = sites.make("disco", "policy.private={ r = 1, lora_alpha = 3 }", share=share)
     trains.send(Train(trains.adapter), round=1)
-    assert "memory/0001-00.safetensors" in files(trains.member.home)
+    assert "0001-00.safetensors" in files(trains.member.store.folder)
     drifts, judges, fits = sites.make("scaffold", share=share), sites.make("fedgrpo"), sites.make("mor")
     control = {f"control/{name}": torch.zeros_like(tensor) for name, tensor in drifts.adapter.items()}
     drifts.send(Train({**drifts.adapter, **control}), round=1)

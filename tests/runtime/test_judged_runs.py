@@ -30,6 +30,8 @@ from fedpact.types import Adapter
 from tests.cli.conftest import MEMBERS, edit, in_process, model, results, run_file, settings, write_project
 from tests.runtime.watched import NAN, Tamper, Watched, fedgrpo, figures, final, launched
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["model", "run_file"]
 
 # --- members that fail ----------------------------------------------------------------------------------------------

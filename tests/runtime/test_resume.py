@@ -7,13 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedpact.algorithms import TABLE
+from fedpact.edge.local import LocalTransport, resumed_transport
+from fedpact.runtime import launch
+from fedpact.runtime.codec import decode
+from fedpact.runtime.config import load_run
+from fedpact.runtime.envelope import Envelope
 from fedpact.runtime.store import RunFolder
 from tests.cli.conftest import (
     files,
@@ -42,8 +48,8 @@ def unbroken(run_file: Path, *options: str) -> dict[str, bytes]:
     return results(out)
 
 
-QUICK = ("fedavg", "fedmoa", "fedcmoo", "scaffold", "fedgrpo")
-"""Between them they remember something on both sides, ask twice in a round, and train at the server."""
+QUICK = ("fedcmoo", "fedgrpo")
+"""One asks twice in a round, one trains at the server; the others are resumed in the slow part."""
 
 
 @pytest.mark.parametrize("participation", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
@@ -316,3 +322,70 @@ def test_a_disk_that_fills_up_under_a_member_stops_the_run_and_drops_nobody(run_
     assert line.startswith(f"fedpact: {out}/clients/east/memory/reply: File too large; ") and line.count("\n") == 1
     assert in_process("resume", out) == 0
     assert results(out) == results(finished)
+
+
+# --- members that have left -----------------------------------------------------------------------------------------
+
+
+class StoppedError(BaseException):
+    """The end of the process."""
+
+
+class Leaving:
+    """Simulated members. `gone` are not there any more; at the first request that `ends` names, the process ends."""
+
+    def __init__(
+        self, inner: LocalTransport, gone: str = "", ends: Callable[[Envelope], bool] = lambda envelope: False
+    ) -> None:
+        self.inner, self.gone, self.ends = inner, gone, ends
+        self.asked: list[tuple[int, str, str]] = []  # round, verb, member
+
+    def clients(self) -> Sequence[str]:
+        return [name for name in self.inner.clients() if name != self.gone]
+
+    def exchange(self, envelopes: Mapping[str, bytes], *, timeout_s: float | None) -> Iterator[tuple[str, Any]]:
+        for name, data in envelopes.items():
+            if self.ends(envelope := decode(Envelope, data)):
+                raise StoppedError
+            self.asked.append((envelope.round, envelope.verb, name))
+        return self.inner.exchange(envelopes, timeout_s=timeout_s)
+
+
+class Silent:
+    def round_done(self, round: int, metrics: Sequence[Mapping[str, Any]]) -> None: ...
+    def dropped(self, client: str, reason: str) -> None: ...
+
+
+def stopped_and_left(run_file: Path, out: Path, ends: Callable[[Envelope], bool]) -> list[tuple[int, str, str]]:
+    """A run of two rounds that stops where `ends` says, and goes on without south; who was then asked what."""
+    small = ["rollout.num_generations=2", "rollout.max_completion_length=2", "training.prompts_per_step=1"]
+    config = load_run(run_file, [*small, "rounds=2", "evaluation.conflicts=false", "evaluation.num_prompts=2"])
+    with pytest.raises(StoppedError):
+        launch.start(
+            config,
+            run_file.parent,
+            out,
+            where="run.toml",
+            make=lambda *given: Leaving(resumed_transport(*given), ends=ends),
+            observer=Silent(),
+        )
+    made: list[Leaving] = []
+
+    def make(*given: Any) -> Leaving:
+        made.append(Leaving(resumed_transport(*given), gone="south"))
+        return made[0]
+
+    launch.resume(out, make=make, observer=Silent())
+    return made[0].asked
+
+
+def test_a_resume_goes_on_without_a_member_that_has_left_and_mixes_no_replies_of_two_rosters(run_file):
+    early, late = run_file.parent / "early" / "run", run_file.parent / "late" / "run"
+    stopped_and_left(run_file, early, lambda asked: (asked.round, asked.verb) == (2, "train"))
+    again = stopped_and_left(run_file, late, lambda asked: (asked.round, asked.verb) == (2, "evaluate"))
+    # the trainings of three members were admitted and closed; those of two are another round
+    assert [one for one in again if one[:2] == (2, "train")] == [(2, "train", "east"), (2, "train", "north")]
+    assert results(late) == results(early)
+    state = RunFolder(late).load(2).state
+    assert [one["roster"] for one in state["exchanges"]] == [["east", "north"]] * 2
+    assert state["members"] == ["east", "north"]

@@ -153,8 +153,8 @@ def _refuse_another(out: Path, config: RunConfig) -> None:
     if list(before.items()) != list(now.items()):  # the order of the objectives counts
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)] or ["the order of keys"]
         raise ConfigError(  # not what it was: another may have submitted it
-            f"{out}: this run began with another configuration ({keys[0]}: not the same); submit it as it was, or choose "
-            "another run-name"
+            f"{out}: this run began with another configuration ({keys[0]}: not the same); submit it as it was, or "
+            "choose another run-name"
         )
 
 

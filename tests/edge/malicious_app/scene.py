@@ -144,7 +144,8 @@ def envelopes(run: Path) -> tuple[str, dict[str, bytes]]:
         "another run's hello, sound": replace(hello, run="theirs"),
         "while another run is here": evaluate,
         "a path as run's hello, sound": replace(hello, run="../../../planted"),
-        "an absolute path as run's hello, sound": replace(hello, run="/planted\nfile"),
+        "an absolute path as run's hello, sound": replace(hello, run="/planted"),
+        "a line end in run's hello": replace(hello, run="/planted\nfile"),
         "hello again, sound": hello,
         "evaluate, sound": evaluate,
     }
