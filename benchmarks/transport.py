@@ -36,6 +36,8 @@ KINDS = {
     "torch": "stock SuperNode, ClientApp that imports torch",
 }
 """The last one has no site service: its ClientApp answers by itself, as such a ClientApp would."""
+_SETTLE_S = 5.0
+"""Before each exchange: on one machine the processes of the one before would still be ending in it."""
 Times = Mapping[tuple[str, float], Sequence[float]]
 """Seconds of each exchange by kind and megabytes, in rounds."""
 _TIMEOUT_S, _QUIET_S = 300.0, 30.0
@@ -128,6 +130,7 @@ def measure(grid: Any) -> None:
     transport.wait_for(len(KINDS) * plan["members"], timeout_s=60.0)
     with (folder / "times.jsonl").open("a", buffering=1, encoding="utf-8") as file:
         for kind, size in turns(plan["rounds"], plan["sizes"]):
+            time.sleep(_SETTLE_S)
             took = exchange_s(transport, names(kind, plan["members"]), round(size * 1e6))
             file.write(json.dumps([kind, size, took]) + "\n")
 

@@ -120,14 +120,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Happening:
     return Happening(tmp_path_factory.mktemp("greeting"), model)
 
 
-def test_a_round_waits_30_s_for_who_is_not_in_it_and_the_start_of_the_run_as_long_as_for_any_reply(run) -> None:
+def test_a_round_waits_30_s_for_who_is_not_in_it_and_the_start_of_the_run_as_long_as_for_any_reply(
+    run: Happening,
+) -> None:
     times = {(one.round > 0, one.verb): one.timeout_s for one in run.transport.said}
     assert times == {(False, "hello"): 500, (False, "evaluate"): 500, (True, "hello"): 30, (True, "train"): 500,
                      (True, "evaluate"): 500}  # fmt: skip
     assert [run.greeted(n) >= {"hangs"} for n in range(5)] == [True] * 5
 
 
-def test_who_refused_in_a_round_is_greeted_again_in_the_next_and_is_back(run) -> None:
+def test_who_refused_in_a_round_is_greeted_again_in_the_next_and_is_back(run: Happening) -> None:
     assert [("east" in run.greeted(n), "east" in run.trained(n)) for n in range(1, 5)] == [
         (False, True),
         (False, False),
@@ -136,7 +138,7 @@ def test_who_refused_in_a_round_is_greeted_again_in_the_next_and_is_back(run) ->
     ]
 
 
-def test_a_member_that_comes_in_round_2_takes_part_from_then_on(run) -> None:
+def test_a_member_that_comes_in_round_2_takes_part_from_then_on(run: Happening) -> None:
     assert [("south" in run.greeted(n), "south" in run.trained(n)) for n in range(1, 5)] == [
         (False, False),
         (True, True),
@@ -145,7 +147,7 @@ def test_a_member_that_comes_in_round_2_takes_part_from_then_on(run) -> None:
     ]
 
 
-def test_who_is_late_is_not_greeted_again_and_is_asked_in_the_next_round(run) -> None:
+def test_who_is_late_is_not_greeted_again_and_is_asked_in_the_next_round(run: Happening) -> None:
     assert [("north" in run.greeted(n), "north" in run.trained(n)) for n in range(1, 5)] == [
         (False, True),
         (False, True),
@@ -154,14 +156,14 @@ def test_who_is_late_is_not_greeted_again_and_is_asked_in_the_next_round(run) ->
     ]
 
 
-def test_a_member_under_anothers_name_is_turned_away_with_one_line(run) -> None:
+def test_a_member_under_anothers_name_is_turned_away_with_one_line(run: Happening) -> None:
     assert [reason for _, name, reason in run.dropped_ones if name == "wrong"] == [
         "reply: name is 'south', expected 'wrong', under which it is registered; its client file must say the same"
     ]
     assert ["wrong" in run.trained(n) for n in range(5)] == [False] * 5
 
 
-def test_why_a_member_does_not_come_in_is_told_once_and_not_every_round(run) -> None:
+def test_why_a_member_does_not_come_in_is_told_once_and_not_every_round(run: Happening) -> None:
     told = [(round, name) for round, name, _ in run.dropped_ones]
     assert told == [(0, "hangs"), (0, "wrong"), (2, "east"), (3, "north")]
 
@@ -198,7 +200,9 @@ def greeting(folder: Path, transport: Answering, **federation: object) -> tuple[
 
 
 @pytest.mark.parametrize(("own", "within", "waits"), [(5, 30, 5), (500, 30, 30), (500, None, 500)])
-def test_a_greeting_waits_for_the_shorter_of_both_times(tmp_path: Path, own, within, waits) -> None:
+def test_a_greeting_waits_for_the_shorter_of_both_times(
+    tmp_path: Path, own: int, within: int | None, waits: int
+) -> None:
     transport = Answering("away")
     hello, _ = greeting(tmp_path, transport, timeout_s=own)
     assert hello.met(["east"], within_s=within) == {}

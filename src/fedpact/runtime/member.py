@@ -29,7 +29,7 @@ from fedpact.runtime.disclosure import withheld
 from fedpact.runtime.engines import Engines
 from fedpact.runtime.envelope import Envelope, is_head, wrap
 from fedpact.runtime.files import append_durably, storing
-from fedpact.runtime.gate import MAX_RUN_NAME, Gate
+from fedpact.runtime.gate import Gate
 from fedpact.runtime.ledger import Ledger
 from fedpact.runtime.memory import MemberStore
 from fedpact.runtime.prompts import prompts_at, split_prompts
@@ -120,13 +120,13 @@ class Member:
 
     def _note(self, envelope: Envelope, digest: str, data: bytes, **what: Any) -> None:
         self.ledger.append(
-            run=envelope.run[:MAX_RUN_NAME],  # of what is refused these may be of any length
+            run=envelope.run,
             round=envelope.round,
             exchange=envelope.exchange,
             attempt=envelope.attempt,
             peer="server",
-            verb=envelope.verb[:MAX_RUN_NAME],
-            contract=envelope.contract[:MAX_RUN_NAME],
+            verb=envelope.verb,
+            contract=envelope.contract,
             request=digest,
             bytes_in=len(data),
             peer_head=envelope.head if is_head(envelope.head) else None,
