@@ -6,6 +6,8 @@ import io
 import json
 import stat
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,8 +42,9 @@ class Accepting:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Accepting:
-    return Accepting(tmp_path)
+def site() -> Iterator[Accepting]:
+    with tempfile.TemporaryDirectory(prefix="fp-") as folder:  # short: a socket's path has 100 bytes
+        yield Accepting(Path(folder))
 
 
 def types(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
