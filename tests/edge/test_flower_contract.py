@@ -27,7 +27,7 @@ USED = {
     "iterate_object_tree": "tree",
     "no_object_id_recompute": "",
     "inflate_object_from_contents": "object_id object_contents",
-    "pull_objects": "object_ids pull_object_fn",
+    "pull_objects": "object_ids pull_object_fn max_concurrent_pulls max_time",
     "push_objects": "objects push_object_fn object_ids_to_push",
     "RuntimeVersionHttpInterceptor": "component_name",
     "HttpGrid.get_nodes": "self",

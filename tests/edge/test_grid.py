@@ -372,6 +372,19 @@ def test_a_push_that_raises_fails_for_its_member_alone_and_shows_no_text() -> No
     assert asked(link) == {"north": failure, "south": b"answer to south"}
 
 
+def test_a_push_during_which_the_superlink_falls_is_made_again() -> None:
+    link = SuperLink(north(), south())
+    push, falls = link.push_messages, iter([True, True])
+
+    def broken(messages: Any) -> Iterable[str]:
+        if messages[0].metadata.dst_node_id == 7 and next(falls, False):
+            raise ConnectionError("half of it is there")
+        return push(messages)
+
+    link.push_messages = broken  # type: ignore[method-assign]
+    assert asked(link) == {"north": b"answer to north", "south": b"answer to south"}
+
+
 class StoppedError(BaseException):
     """Flower's exception for a run that was stopped is no Exception either."""
 

@@ -25,6 +25,8 @@ from fedpact.errors import ConfigError, RefusedError
 for _switch, _value in SWITCHES.items():
     os.environ.setdefault(_switch, _value)
 
+_OBJECTS_S = 200.0
+"""For a message's objects to arrive: after 180 s the SuperLink takes no more of them. Flower would wait two hours."""
 OLDEST, BELOW = (1, 41), (1, 43)
 _REMEDY = "pip install 'fedpact[flower]'"
 
@@ -172,7 +174,7 @@ class Connection:
             message, tree = found
             run_id = message.metadata.run_id
             ids = [part.object_id for part in iterate_object_tree(tree)]
-            contents = pull_objects(ids, partial(self._pull, run_id))
+            contents = pull_objects(ids, partial(self._pull, run_id), max_time=_OBJECTS_S)
             self._confirm(run_id, message.metadata.message_id)
         except RunNotRunningException:  # a BaseException
             return None

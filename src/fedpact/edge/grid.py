@@ -171,8 +171,9 @@ class GridTransport:
         message = Message(carried(request.envelope), dst_node_id=node.id, message_type=MESSAGE_TYPE, ttl=ttl)
         try:  # one at a time: a Grid may leave out what it could not push
             pushed = list(self._grid.push_messages([message]))
-        except Exception as error:
-            return Failure(f"could not be asked: Flower raised {type(error).__name__}")
+        except Exception as error:  # as where the SuperLink falls while it takes the message: once more, a little later
+            last = request.num_pushes == _MAX_PUSHES
+            return Failure(f"could not be asked: Flower raised {type(error).__name__}") if last else None
         if not pushed or not pushed[0]:
             return Failure("could not be asked: the SuperLink did not take the message")
         request.pushed.append(pushed[0])
